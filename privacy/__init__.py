@@ -1,0 +1,1 @@
+"""Differential privacy without a framework: noise, events, accounting, the ledger and its audit."""

@@ -1,0 +1,134 @@
+"""DP-SGD at one site: Poisson batches, per-example clipping, integer noise (Abadi et al. 2016, arXiv:1607.00133).
+
+Training and accounting come out of one object, `RecordLevelSgd`: the sampling rate, the clip norm, the noise and the
+number of steps that it trains with are the ones its `event` charges, so they cannot drift apart.
+
+Per-example gradients come from `torch.func` (vmap over grad) behind the small `PerExampleGradients` seam: on CPU it
+is the fastest of the exact engines, and on models without batch statistics it equals a loop over single records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from privacy.errors import JobError
+from privacy.events import GaussianEvent
+from privacy.mechanism import GaussianSum
+from privacy.noise import NoiseSource, poisson_sample
+
+LossPerExample = Callable[[Tensor, Tensor], Tensor]
+"""(outputs (B, ...), targets (B, ...)) -> losses (B,)."""
+
+PHYSICAL_BATCH = 1024  # Rows whose gradients are held at once: memory is this times the number of parameters.
+
+
+class PerExampleGradients(Protocol):
+    def __call__(self, parameters: Tensor, features: Tensor, targets: Tensor) -> Tensor:
+        """(P,) float32, (B, ...), (B, ...) -> (B, P) float32: row i is the gradient of example i's loss alone."""
+
+
+class VmapGradients:
+    """`PerExampleGradients` of `model` and `loss` by vmap(grad); parameters in the order of `model.parameters()`."""
+
+    def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
+        self._model, self._loss = model, loss
+        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names = [name for name, _ in trainable]
+        self._shapes = [parameter.shape for _, parameter in trainable]
+        self._sizes = [parameter.numel() for _, parameter in trainable]
+        # randomness="different": each example draws its own dropout mask, as in ordinary training.
+        self._gradients = vmap(grad(self._loss_of_one), in_dims=(None, 0, 0), randomness="different")
+
+    def __call__(self, parameters: Tensor, features: Tensor, targets: Tensor) -> Tensor:
+        result: Tensor = self._gradients(parameters, features, targets)
+        return result
+
+    def _loss_of_one(self, parameters: Tensor, features: Tensor, target: Tensor) -> Tensor:
+        views = torch.split(parameters, self._sizes)
+        named = {name: view.view(shape) for name, view, shape in zip(self._names, views, self._shapes, strict=True)}
+        outputs = functional_call(self._model, named, (features.unsqueeze(0),))
+        return self._loss(outputs, target.unsqueeze(0)).squeeze(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordLevelSgd:
+    """`steps` steps of SGD on one site's records, private at record level.
+
+    Guarantee: everything `train` makes of the records, the final parameters included, is covered by `event`: `steps`
+    Poisson-subsampled Gaussian releases of sensitivity `clip_norm` under add/remove-one of a record. The number of
+    rows is public (it scales the step, as in every DP-SGD with a stated expected batch), so the neighbour without a
+    record has an empty record in its place.
+
+    An empty batch is a release like any other: noise is added, the step is taken, the event is charged.
+    """
+
+    mechanism: GaussianSum
+    sampling_rate: float
+    steps: int
+
+    def event(self, *, dimension: int, rng: str) -> GaussianEvent:
+        """What one call of `train` with `dimension` parameters costs."""
+        return self.mechanism.event(sampling_rate=self.sampling_rate, count=self.steps, dimension=dimension, rng=rng)
+
+    def train(
+        self,
+        parameters: Tensor,
+        features: Tensor,
+        targets: Tensor,
+        *,
+        gradients: PerExampleGradients,
+        source: NoiseSource,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Take the steps in place on `parameters` ((P,) float32, on the device of the data).
+
+        Batches and noise are drawn from `source`. Weight decay acts on the parameters alone, after the noise, and
+        costs nothing.
+        """
+        rows = len(features)
+        expected_batch = self.sampling_rate * rows
+        for _ in range(self.steps):
+            chosen = torch.from_numpy(poisson_sample(source, rows, self.sampling_rate)).to(features.device)
+            total = self._clipped_sum(parameters, features, targets, chosen, gradients)
+            noisy = self.mechanism.release(total, source)
+            step = torch.from_numpy((noisy / expected_batch).astype(np.float32)).to(parameters.device)
+            if weight_decay:
+                step.add_(parameters, alpha=weight_decay)
+            parameters.sub_(step, alpha=learning_rate)
+
+    def _clipped_sum(
+        self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, gradients: PerExampleGradients
+    ) -> NDArray[np.int64]:
+        total = np.zeros(parameters.numel(), dtype=np.int64)
+        # In pieces: the sum of integers does not depend on how a batch is cut, and memory stays bounded. An empty
+        # batch has no piece: many models cannot run on zero rows.
+        for start in range(0, len(chosen), PHYSICAL_BATCH):
+            piece = chosen[start : start + PHYSICAL_BATCH]
+            per_example = gradients(parameters, features[piece], targets[piece])
+            total += self.mechanism.quantised_sum(per_example.detach().cpu().numpy())
+        return total
+
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Refuse, by name, layers whose output for one record depends on the others or on statistics that would not travel.
+
+    Raises `JobError`.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BATCH_NORMS):
+            raise JobError(
+                f"layer {name!r} is a {type(module).__name__}: it mixes the records of a batch and keeps statistics of "
+                "them, which no clipping bounds; use GroupNorm or LayerNorm instead"
+            )
