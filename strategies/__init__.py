@@ -1,0 +1,1 @@
+"""What one round says: the job, the messages, the total, and both halves of each algorithm."""

@@ -1,0 +1,391 @@
+"""A job: one training run, as its TOML file says, checked before anything else happens.
+
+Precedence: defaults < file < `--set key=value`. An unknown key is an error that names the nearest known one. The
+resolved job is written to the run folder; its SHA-256 names the job in every message and ledger entry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from privacy.errors import JobError
+
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A table of the job file. Strict: no unknown keys, no silent conversions between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Column(Section):
+    """One feature: a number with a public range, or a category with its public values.
+
+    Ranges and values are declared, not measured: a minimum taken from the records would itself be a release.
+    """
+
+    type: Literal["number", "category"] = "number"
+    range: tuple[float, float] | None = Field(default=None, strict=False)
+    values: list[str | int | float] | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        if self.type == "category" and not self.values:
+            raise ValueError("a category needs its `values`")
+        if self.type == "category" and self.range is not None:
+            raise ValueError("a category has `values`, not a `range`")
+        if self.type == "number" and self.values is not None:
+            raise ValueError('a number has a `range`, not `values` (or write type = "category")')
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"range must be [low, high] with low < high, got {list(self.range)}")
+        return self
+
+
+class Data(Section):
+    """Where the records are and what they must look like.
+
+    The target is 0 or 1, or one of `classes`, or positive exactly where it is among `positive`. Exactly one of
+    `bundled` (a data set that a dependency carries), `path` (one CSV or Parquet file, its sites named
+    by the column `client`) and `files` (one file per site). Relative paths start at `folder`, which starts at the
+    job file.
+    """
+
+    bundled: Literal["breast-cancer"] | None = None
+    folder: str = "."
+    path: str | None = None
+    files: dict[Name, str] | None = None
+    client: str | None = None
+    target: str
+    positive: list[str | int | float] | None = None
+    classes: list[str | int | float] | None = Field(default=None, min_length=2)
+    allow_one_class: bool = False
+    header: bool = True
+    names: list[str] | None = None
+    missing: list[str] = ["", "NA", "NaN", "nan", "null"]
+    on_missing: Literal["refuse", "drop"] = "refuse"
+    columns: dict[str, Column] = Field(min_length=1)
+    scaling: Literal["range", "site"] = "range"
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    stratify: bool = True
+    split_seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        sources = [name for name in ("bundled", "path", "files") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            raise ValueError(f"give exactly one of bundled, path and files; got {' and '.join(sources) or 'none'}")
+        if self.positive is not None and self.classes is not None:
+            raise ValueError("give at most one of positive and classes")
+        if not self.header and self.names is None:
+            raise ValueError("header = false needs `names`, the columns in order")
+        if self.header and self.names is not None:
+            raise ValueError("`names` is for files without a header: set header = false")
+        if self.client is not None and self.path is None:
+            raise ValueError("`client` names a column of `path`; with `files` each file is a site")
+        if self.target in self.columns:
+            raise ValueError(f"the target {self.target!r} is also listed in `columns`: it would be its own feature")
+        if self.client is not None and self.client in self.columns:
+            raise ValueError(f"the client key {self.client!r} is also listed in `columns`")
+        if self.scaling == "range":
+            open_ended = [name for name, column in self.columns.items() if column.type == "number" and not column.range]
+            if open_ended:
+                raise ValueError(f'columns.{open_ended[0]} needs a `range` (or set data.scaling = "site")')
+        return self
+
+
+class TaskChoice(Section):
+    """Model, loss and metrics. `name` may be `package.module:Name`, a class of your own (see docs/extending.md)."""
+
+    name: str = "tabular-classification"
+    model: Literal["logistic-regression", "mlp"] = "logistic-regression"
+    hidden: list[Count] = [32, 16]
+
+
+class StrategyChoice(Section):
+    """How updates become the next model. `name` may be `package.module:Name`."""
+
+    name: str = "fedavg"
+    weighting: Literal["rows", "equal"] = "rows"
+    server_learning_rate: Positive = 1.0
+
+
+class Training(Section):
+    """What a client does in a round. With record-level privacy a batch is a Poisson sample of expected `batch_size`."""
+
+    rounds: Count
+    learning_rate: Positive
+    local_steps: Count | None = None
+    local_epochs: Count | None = None
+    batch_size: Count | None = None
+    sampling_rate: Rate | None = None
+    weight_decay: NotNegative = 0.0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_length_one_batch(self) -> Self:
+        if (self.local_steps is None) == (self.local_epochs is None):
+            raise ValueError("give exactly one of local_steps and local_epochs")
+        if (self.batch_size is None) == (self.sampling_rate is None):
+            raise ValueError("give exactly one of batch_size and sampling_rate")
+        return self
+
+    def rate_for(self, rows: int) -> float:
+        """The share of a site's `rows` that a batch takes: its Poisson sampling rate under record-level privacy."""
+        if self.sampling_rate is not None:
+            return self.sampling_rate
+        assert self.batch_size is not None
+        return min(1.0, self.batch_size / rows)
+
+    def steps_for(self, rows: int) -> int:
+        """Local steps a round at a site with `rows` training rows."""
+        if self.local_steps is not None:
+            return self.local_steps
+        assert self.local_epochs is not None
+        return max(1, round(self.local_epochs / self.rate_for(rows)))
+
+
+class Cohort(Section):
+    """Whom a round asks: `size` sites drawn at random, or everyone; fewer than `minimum` answers end the run."""
+
+    size: Count | None = None
+    minimum: Count = 1
+
+    @model_validator(mode="after")
+    def _minimum_fits(self) -> Self:
+        if self.size is not None and self.minimum > self.size:
+            raise ValueError(f"cohort.minimum ({self.minimum}) is larger than cohort.size ({self.size})")
+        return self
+
+
+class RecordPrivacy(Section):
+    """Record-level differential privacy at every site.
+
+    `epsilon` alone: the noise is calibrated so that all rounds together cost at most epsilon. `noise_multiplier`
+    alone: no limit, the cost is reported. Both: epsilon is a budget, and a plan that exceeds it is refused.
+    """
+
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    noise_multiplier: Annotated[float, Field(ge=0.0625, le=2**20)] | None = None
+    clip_norm: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _some_noise(self) -> Self:
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("give epsilon (a target), noise_multiplier, or both (epsilon is then a budget)")
+        return self
+
+
+class Privacy(Section):
+    record: RecordPrivacy | None = None
+
+
+class SiteMix(Section):
+    """One simulated site: how many rows it gets and which share of them is positive."""
+
+    rows: Count
+    positive: Annotated[float, Field(ge=0, le=1)]
+
+
+class Partition(Section):
+    """How one table becomes many sites: a `mix` of named sites, or `clients` drawn from a Dirichlet(`alpha`)."""
+
+    mix: dict[Name, SiteMix] | None = None
+    clients: Count | None = None
+    alpha: Positive = 1.0
+    least_rows: Annotated[int, Field(ge=4)] = 8
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.mix is None) == (self.clients is None):
+            raise ValueError("give exactly one of mix and clients")
+        return self
+
+
+class Faults(Section):
+    """Chances, per site and round, that a site drops out or answers with something malformed."""
+
+    dropout: Share = 0.0
+    malformed: Share = 0.0
+
+
+class Simulation(Section):
+    """What only a simulation may do. `noise = "seeded"` repeats exactly and protects nobody."""
+
+    engine: Literal["inline", "flower"] = "inline"
+    noise: Literal["os", "seeded"] = "os"
+    baselines: bool = True
+    partition: Partition | None = None
+    faults: Faults = Faults()
+
+
+class Job(Section):
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Data
+    task: TaskChoice = TaskChoice()
+    strategy: StrategyChoice = StrategyChoice()
+    training: Training
+    cohort: Cohort = Cohort()
+    privacy: Privacy = Privacy()
+    simulation: Simulation = Simulation()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.data.scaling == "site" and self.privacy.record is not None:
+            raise ValueError(
+                'data.scaling = "site" standardises with statistics of the records, a release that no mechanism covers '
+                'here; give every number a `range` and use data.scaling = "range" with record-level privacy'
+            )
+        if (self.data.path is not None) and self.data.client is None and self.simulation.partition is None:
+            raise ValueError("data.path needs data.client (the column that names the site) or a [simulation.partition]")
+        if self.simulation.partition is not None and (self.data.files or self.data.client):
+            raise ValueError("simulation.partition splits one table: it cannot go with data.client or data.files")
+        if self.data.bundled is not None and self.simulation.partition is None:
+            raise ValueError("data.bundled needs a [simulation.partition]: it has no sites of its own")
+        return self
+
+    @cached_property
+    def toml(self) -> bytes:
+        """The resolved job, byte for byte what the run folder stores and the hash covers."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json")).encode()
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of `toml`, hexadecimal."""
+        return hashlib.sha256(self.toml).hexdigest()
+
+
+def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file, apply `key=value` overrides, check everything. Raises `JobError`, one line, for any mistake."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file") from None
+    except IsADirectoryError:
+        raise JobError(f"{path}: a folder, not a job file") from None
+    except UnicodeDecodeError:
+        raise JobError(f"{path}: not a text file in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(raw, override)
+    data = raw.get("data")
+    if isinstance(data, dict) and isinstance(data.get("folder", "."), str) and "bundled" not in data:
+        data["folder"] = str((path.parent / data.get("folder", ".")).resolve())
+    return check_job(raw, where=str(path))
+
+
+def check_job(raw: Mapping[str, Any], *, where: str) -> Job:
+    """Validate a job that was already parsed; `where` names its origin in errors."""
+    try:
+        return Job.model_validate(dict(raw))
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise JobError(f"{where}: {problems[0]}{more}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise JobError(f"--set {override}: expected key=value, for example training.rounds=5")
+    try:
+        value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise JobError(f"--set {override}: {part} is a value, not a table")
+    if value == "none":
+        table.pop(parts[-1], None)
+    else:
+        table[parts[-1]] = value
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "the job"
+    got = problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key {key}{_nearest(location)}"
+        case "missing":
+            return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {problem['ctx']['error']}"
+        case "string_pattern_mismatch":
+            return f"{key}: {got!r} is not a name (letters, digits, dot, dash, underscore; at most 64)"
+        case _:
+            shown = f"a table ({', '.join(got)})" if isinstance(got, dict) else repr(got)
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            return f"{key}: {message.removeprefix('input ')}, got {shown}{_nearest_value(problem)}"
+
+
+def _nearest(location: Sequence[str]) -> str:
+    parent, unknown = list(location[:-1]), location[-1]
+    here = [name for prefix, name in known_keys() if prefix == _generic(parent)]
+    if close := difflib.get_close_matches(unknown, here, n=1, cutoff=0.6):
+        return f"; did you mean {'.'.join([*parent, close[0]])}?"
+    elsewhere = {name: ".".join([*prefix, name]) for prefix, name in known_keys() if "*" not in prefix}
+    if close := difflib.get_close_matches(unknown, elsewhere, n=1, cutoff=0.75):
+        return f"; did you mean {elsewhere[close[0]]}?"
+    return f"; known here: {', '.join(here)}" if here else ""
+
+
+def _nearest_value(problem: Any) -> str:
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return ""
+    allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    close = difflib.get_close_matches(problem["input"], allowed, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _generic(parent: Sequence[str]) -> tuple[str, ...]:
+    """Replace the names that a user chooses (columns, sites) by `*`."""
+    generic = list(parent)
+    for table in (["data", "columns"], ["simulation", "partition", "mix"]):
+        if generic[: len(table)] == table and len(generic) > len(table):
+            generic[len(table)] = "*"
+    return tuple(generic)
+
+
+def known_keys(model: type[BaseModel] = Job, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every key of the job file, as (table, key); tables named by the user appear as `*`."""
+    for name, field in model.model_fields.items():
+        yield prefix, name
+        for nested, by_name in _sections(field.annotation):
+            yield from known_keys(nested, (*prefix, name, "*") if by_name else (*prefix, name))
+
+
+def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, False
+    elif get_origin(annotation) in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from _sections(member)
+    elif get_origin(annotation) is dict:
+        for nested, _ in _sections(get_args(annotation)[1]):
+            yield nested, True

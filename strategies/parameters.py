@@ -1,0 +1,64 @@
+"""Names and shapes of a model's trainable parameters, and the flat float32 vector that travels instead of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privacy.errors import RunError
+
+Vector = NDArray[np.float32]
+"""(P,) float32: all trainable parameters, one after the other in the order of their `Parameters`."""
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The order in which named arrays become one vector. Model classes stay where they are trained."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def size(self) -> int:
+        """P: the number of scalars."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+    def split(self, vector: Vector) -> dict[str, Vector]:
+        """Named views into `vector`, in its own memory."""
+        arrays, offset = {}, 0
+        for name, shape in self.shapes.items():
+            count = int(np.prod(shape))
+            arrays[name] = vector[offset : offset + count].reshape(shape)
+            offset += count
+        return arrays
+
+    def save(self, vector: Vector, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write named arrays as safetensors; the order stands in the file's metadata."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.split(vector).items()}
+        path.write_bytes(save(arrays, {**metadata, "order": json.dumps(list(self.shapes))}))
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[Parameters, Vector]:
+        """Read what `save` wrote. Raises `RunError` when the file is missing or something else."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                order = json.loads((file.metadata() or {})["order"])
+                arrays = {name: file.get_tensor(name) for name in order}
+        except FileNotFoundError:
+            raise RunError(f"{path}: no such model file") from None
+        except (SafetensorError, KeyError, ValueError, TypeError):
+            raise RunError(f"{path}: not a model file of fedchorus (safetensors with an order)") from None
+        vector = np.concatenate([array.astype(np.float32).ravel() for array in arrays.values()])
+        return cls({name: tuple(array.shape) for name, array in arrays.items()}), vector
+
+
+def vector_hash(vector: NDArray[np.float32]) -> str:
+    """SHA-256 of the vector's little-endian bytes, hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").view(np.uint8).data).hexdigest()

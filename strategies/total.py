@@ -1,0 +1,54 @@
+"""The total: what a cohort adds up to, and the only thing a strategy's server half ever sees.
+
+One contribution is one flat vector: the weighted update, then the weight, then the metric sums. Nothing about one
+site travels in the clear beside it, and a sum of such vectors is again one: of a region, a worker, a cohort.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.parameters import Vector
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things stand in a contribution: `parameters` update values, one weight, then one sum per metric."""
+
+    parameters: int
+    metrics: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.parameters + 1 + len(self.metrics)
+
+
+class Total:
+    """A running sum of contributions: O(model) memory whatever the cohort. Sums are kept in float64."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._sum = np.zeros(layout.size, dtype=np.float64)
+
+    def add(self, contribution: Vector) -> None:
+        """Add one contribution ((layout.size,) float32) in place; the caller may reuse its memory afterwards."""
+        np.add(self._sum, contribution, out=self._sum)
+
+    @property
+    def update(self) -> NDArray[np.float64]:
+        """(P,) float64: the sum of weighted updates."""
+        return self._sum[: self.layout.parameters]
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights."""
+        return float(self._sum[self.layout.parameters])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metric sums by name."""
+        values = self._sum[self.layout.parameters + 1 :]
+        return {name: float(value) for name, value in zip(self.layout.metrics, values, strict=True)}
