@@ -1,0 +1,43 @@
+"""The server's state on disk: one safetensors file, replaced atomically after every round."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privacy.errors import RunError
+from strategies.protocol import ServerState
+
+VERSION = "1"
+
+
+def save_checkpoint(state: ServerState, path: Path, *, job: str) -> None:
+    """Durable when this returns; a crash leaves the checkpoint before it or this one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"model": state.model, **{f"memory.{name}": array for name, array in state.memory.items()}}
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        file.write(save(arrays, {"v": VERSION, "job": job, "round": str(state.round_number)}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path, *, job: str) -> ServerState:
+    """Raises `RunError` when the file is missing, damaged or another job's."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata["v"] != VERSION or metadata["job"] != job:
+            raise RunError(f"{path}: a checkpoint of another job or version")
+        memory = {name.removeprefix("memory."): array for name, array in arrays.items() if name.startswith("memory.")}
+        return ServerState(arrays["model"].astype(np.float32), int(metadata["round"]), memory)
+    except FileNotFoundError:
+        raise RunError(f"{path}: no checkpoint, the run stopped before its first round ended") from None
+    except (SafetensorError, KeyError, ValueError):
+        raise RunError(f"{path}: not a checkpoint of fedchorus") from None

@@ -1,0 +1,84 @@
+"""Collecting a round: ask a cohort through a transport, check every answer, keep only the sum.
+
+A collector turns a request into a `Total`. This one adds plain contributions, each as it comes in, so memory is
+O(model) whatever the cohort; a secure one stands beside it with the same method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from privacy.ledger import Head
+from strategies.messages import Ask, MalformedMessage, Refusal, Reply, check_reply
+from strategies.total import Layout, Total
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site that gave no usable answer, and the kind of failure in a few words."""
+
+    site: str
+    why: str
+
+
+class Transport(Protocol):
+    """Carries one request to many sites."""
+
+    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
+        """Yield one answer for each of `sites`, in any order, with the site that the channel says it came from.
+
+        A reply's contribution may be reused once the next answer is asked for.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a cohort added up to, who is in it, who failed and why, and the ledger heads that came along."""
+
+    total: Total
+    contributors: tuple[str, ...]
+    failures: Mapping[str, str]
+    heads: Mapping[str, Head]
+
+
+class Collector(Protocol):
+    def collect(self, ask: Ask, sites: Sequence[str]) -> Collected: ...
+
+
+@dataclass(frozen=True)
+class PlainCollector:
+    """Adds contributions as they come in. The process sees each for a moment, and keeps none."""
+
+    transport: Transport
+    layout: Layout
+
+    def collect(self, ask: Ask, sites: Sequence[str]) -> Collected:
+        total = Total(self.layout)
+        contributors: list[str] = []
+        failures: dict[str, str] = {}
+        heads: dict[str, Head] = {}
+        waiting = set(sites)
+        for site, answer in self.transport.exchange(ask, sites):
+            if site not in waiting:
+                continue  # A second answer, or one from a site that was not asked, never counts.
+            waiting.discard(site)
+            match answer:
+                case Failure():
+                    failures[site] = answer.why
+                case Refusal():
+                    failures[site] = "refused"
+                case Reply():
+                    try:
+                        check_reply(answer, ask=ask, site=site, layout=self.layout)
+                    except MalformedMessage as error:
+                        failures[site] = f"malformed reply: {error}"
+                        continue
+                    total.add(answer.contribution)
+                    contributors.append(site)
+                    if answer.head is not None:
+                        heads[site] = answer.head
+        failures |= dict.fromkeys(sorted(waiting), "no answer")
+        return Collected(total, tuple(sorted(contributors)), dict(sorted(failures.items())), heads)
