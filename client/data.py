@@ -1,0 +1,226 @@
+"""A site's records: read a file, hold it against the schema, encode it with public constants, split it.
+
+Errors name the file, the column and how many rows are wrong; they never repeat a value, because a value is a record.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from privacy.errors import DataError
+from strategies.job import SITE_NAME, Column, Data
+
+
+@dataclass(frozen=True)
+class Records:
+    """Encoded rows: `features` (n, d) float32 and `target` (n,) int64, class numbers from 0."""
+
+    features: NDArray[np.float32]
+    target: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def take(self, rows: NDArray[np.int64]) -> Records:
+        return Records(self.features[rows], self.target[rows])
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """One site's training and test rows. Training rows are what differential privacy covers."""
+
+    train: Records
+    test: Records
+
+
+def class_count(data: Data) -> int:
+    return len(data.classes) if data.classes is not None else 2
+
+
+def feature_names(data: Data) -> list[str]:
+    """The encoded features in order: a category becomes one indicator for each value but the first."""
+    names: list[str] = []
+    for name, column in data.columns.items():
+        names += [name] if column.type == "number" else [f"{name}={value}" for value in (column.values or [])[1:]]
+    return names
+
+
+def read_frame(path: Path, data: Data) -> pd.DataFrame:
+    """Read a CSV or Parquet file with the schema's columns, the target and the client key; all as text or numbers.
+
+    Raises `DataError` for a missing or unreadable file or an absent column.
+    """
+    try:
+        if path.suffix in (".parquet", ".pq"):
+            frame = pd.read_parquet(path)
+        else:
+            frame = pd.read_csv(
+                path,
+                header=0 if data.header else None,
+                names=data.names,
+                na_values=data.missing,
+                keep_default_na=False,
+                dtype=str,
+                skipinitialspace=True,
+            )
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such data file (data.folder says where relative names start)") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder, not a data file") from None
+    except (ValueError, OSError) as error:
+        # The parser's text can quote the line it stumbled over, so only its kind is repeated.
+        raise DataError(f"{path}: cannot be read as {path.suffix or 'CSV'} ({type(error).__name__})") from None
+    for wanted in [*data.columns, data.target, *([data.client] if data.client else [])]:
+        if wanted not in frame.columns:
+            close = difflib.get_close_matches(wanted, [str(name) for name in frame.columns], n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {_shortened([str(c) for c in frame.columns])}"
+            what = "target column" if wanted == data.target else "column"
+            raise DataError(f"{path}: {what} {wanted!r} is absent; {hint}")
+    return frame
+
+
+def site_frames(frame: pd.DataFrame, client: str, *, where: str) -> dict[str, pd.DataFrame]:
+    """Split a table by its natural client key; keys become names that are safe in a path."""
+    if frame[client].isna().any():
+        raise DataError(
+            f"{where}: column {client!r} (the client key) is missing in {int(frame[client].isna().sum())} rows"
+        )
+    frames: dict[str, pd.DataFrame] = {}
+    for key, rows in frame.groupby(client, sort=True):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(key)).strip("-._")[:64]
+        if not SITE_NAME.fullmatch(name):
+            raise DataError(f"{where}: a value of {client!r} has no letter or digit to make a site's name of")
+        if name in frames:
+            raise DataError(f"{where}: two values of {client!r} both become the site name {name!r}; rename one")
+        frames[name] = rows
+    return frames
+
+
+def encode(frame: pd.DataFrame, data: Data, *, where: str) -> Records:
+    """Check every column of `frame` against the schema and encode it.
+
+    A number with a range is clipped to it and mapped onto [-1, 1]: the constants are public, so no statistic of the
+    records enters. Raises `DataError`.
+    """
+    columns = {name: _parsed(frame[name], name, column, where) for name, column in data.columns.items()}
+    target = _target(frame[data.target], data, where)
+    complete = target.notna()
+    for values in columns.values():
+        complete &= values.notna()
+    if not complete.all():
+        if data.on_missing == "refuse":
+            worst = max([*columns, data.target], key=lambda name: int(frame[name].isna().to_numpy().sum()))
+            raise DataError(
+                f"{where}: {int((~complete).sum())} of {len(frame)} rows have missing values "
+                f'(most in column {worst!r}); mend them or set data.on_missing = "drop"'
+            )
+        target = target[complete]
+        columns = {name: values[complete] for name, values in columns.items()}
+    if len(target) == 0:
+        raise DataError(f"{where}: no rows" + (" left without missing values" if len(frame) else ""))
+    parts = [_encoded(columns[name], column) for name, column in data.columns.items()]
+    features = np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32)
+    return Records(features, target.to_numpy(dtype=np.int64))
+
+
+def split(records: Records, data: Data, *, site: str) -> SiteData:
+    """Training and test rows by `data.test_fraction`, stratified by class where every class has more than two rows.
+
+    Raises `DataError` for a site that cannot train: too few rows, or one class only (`data.allow_one_class`).
+    """
+    from sklearn.model_selection import train_test_split
+
+    counts = np.bincount(records.target, minlength=class_count(data))
+    if len(records) < 2:
+        raise DataError(f"site {site}: {len(records)} row is too few to train and test on")
+    if np.count_nonzero(counts) < 2 and not data.allow_one_class:
+        raise DataError(
+            f"site {site}: all its rows are of one class, so it cannot learn to tell two apart; check "
+            f"data.target ({data.target!r}), leave the site out, or set data.allow_one_class = true"
+        )
+    stratify = records.target if data.stratify and counts[counts > 0].min() > 2 else None
+    train, test = train_test_split(
+        np.arange(len(records)), test_size=data.test_fraction, random_state=data.split_seed, stratify=stratify
+    )
+    parts = SiteData(records.take(np.sort(train)), records.take(np.sort(test)))
+    return _standardised(parts) if data.scaling == "site" else parts
+
+
+def _standardised(parts: SiteData) -> SiteData:
+    """By the mean and standard deviation of this site's own training rows. Never with record-level privacy."""
+    mean = parts.train.features.mean(axis=0)
+    spread = parts.train.features.std(axis=0)
+    spread[spread == 0] = 1.0
+    return SiteData(
+        Records((parts.train.features - mean) / spread, parts.train.target),
+        Records((parts.test.features - mean) / spread, parts.test.target),
+    )
+
+
+def _parsed(values: pd.Series, name: str, column: Column, where: str) -> pd.Series:
+    if column.type == "number" or _numeric(column.values or []):
+        parsed = pd.to_numeric(values, errors="coerce").astype(float)
+        _refuse_rows(parsed.isna() & values.notna(), name, "not a number", where)
+        _refuse_rows(parsed.notna() & ~np.isfinite(parsed), name, "not finite", where)
+    else:
+        parsed = values.astype(object).where(values.isna(), values.astype(str))
+    if column.type == "category":
+        allowed = [float(value) if _numeric(column.values or []) else str(value) for value in column.values or []]
+        _refuse_rows(
+            parsed.notna() & ~parsed.isin(allowed), name, f"not among the schema's {len(allowed)} values", where
+        )
+    return parsed
+
+
+def _target(values: pd.Series, data: Data, where: str) -> pd.Series:
+    """Class numbers as float, NaN where the target is missing."""
+    classes = data.positive if data.positive is not None else data.classes if data.classes is not None else [0, 1]
+    numeric = _numeric(classes)
+    parsed = pd.to_numeric(values, errors="coerce").astype(float) if numeric else values.astype(str)
+    if numeric:
+        _refuse_rows(parsed.isna() & values.notna(), data.target, "not a number (data.target)", where)
+    keys = [float(value) if numeric else str(value) for value in classes]
+    if data.positive is not None:
+        return parsed.isin(keys).astype(float).where(values.notna())
+    numbers = parsed.map({key: number for number, key in enumerate(keys)})
+    what = (
+        f"not among data.classes ({len(keys)})"
+        if data.classes
+        else "neither 0 nor 1 (give data.positive or data.classes)"
+    )
+    _refuse_rows(numbers.isna() & values.notna(), data.target, what, where)
+    return numbers.where(values.notna()).astype(float)
+
+
+def _encoded(values: pd.Series, column: Column) -> NDArray[np.float64]:
+    if column.type == "category":
+        numeric = _numeric(column.values or [])
+        levels = [float(value) if numeric else str(value) for value in (column.values or [])[1:]]
+        return np.stack([(values == level).to_numpy(dtype=float) for level in levels], axis=1)
+    numbers = values.to_numpy(dtype=float)
+    if column.range is not None:
+        low, high = column.range
+        numbers = (np.clip(numbers, low, high) - (low + high) / 2) / ((high - low) / 2)
+    return numbers[:, None]
+
+
+def _refuse_rows(wrong: pd.Series, name: str, what: str, where: str) -> None:
+    if wrong.any():
+        first = int(np.flatnonzero(wrong.to_numpy())[0]) + 1
+        raise DataError(f"{where}: column {name!r}: {int(wrong.sum())} rows are {what} (the first is data row {first})")
+
+
+def _numeric(values: Sequence[str | int | float]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
