@@ -1,0 +1,169 @@
+"""`fedchorus simulate | resume | report | scenarios`: what a researcher types. Heavy imports wait for the work."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from simulations.simulate import Watcher
+
+INTERRUPTED = 130
+AsJson = Annotated[bool, typer.Option("--json", help="Progress to stderr; one JSON object as the last line of stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the stack trace of an error.")]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(name="simulate", epilog="Example: fedchorus simulate hospitals --set training.rounds=5")(simulate)
+    app.command(name="resume", epilog="Example: fedchorus resume runs/hospitals-20260101-120000")(resume)
+    app.command(name="report", epilog="Example: fedchorus report runs/hospitals-20260101-120000")(report)
+    app.command(name="scenarios", epilog="Example: fedchorus scenarios --show hospitals > my-job.toml")(scenarios)
+
+
+def simulate(
+    job: Annotated[
+        str, typer.Argument(help="A scenario or a job file.", metavar="[SCENARIO | JOB.toml]")
+    ] = "hospitals",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a key: training.rounds=5; none removes it.", metavar="KEY=VALUE"),
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="inline (default) or flower.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the model, the batches and the partition.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME-TIME.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a federation of many clients on this machine, and compare it with training alone and pooled."""
+    from simulations.scenarios import job_path
+    from simulations.simulate import start_run
+    from strategies.job import load_job
+
+    settings = list(overrides or [])
+    settings += [f'simulation.engine="{engine}"'] if engine is not None else []
+    settings += [f"seed={seed}"] if seed is not None else []
+    path = job_path(job)
+    resolved = load_job(path, settings)
+    with _watching(as_json) as watch:
+        summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watch.watcher, now=datetime.now())
+        watch.conclude(summary)
+
+
+def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Continue a run that was interrupted, from its last finished round; what was spent stays spent."""
+    from simulations.simulate import resume_run
+
+    with _watching(as_json) as watch:
+        watch.conclude(resume_run(run, watcher=watch.watcher))
+
+
+def report(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """Write report.html again from what a finished run's folder holds."""
+    from simulations.simulate import rewrite_report
+
+    page = str(rewrite_report(run))
+    typer.echo(json.dumps({"report": page}) if as_json else page)
+
+
+def scenarios(
+    show: Annotated[str | None, typer.Option(help="Print one scenario's job file.", metavar="NAME")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """List the scenarios that ship with fedchorus."""
+    from simulations.scenarios import describe, scenario_names, scenario_path
+
+    if show is not None:
+        typer.echo(scenario_path(show).read_text(encoding="utf-8"), nl=False)
+    elif as_json:
+        typer.echo(json.dumps({name: describe(name) for name in scenario_names()}))
+    else:
+        for name in scenario_names():
+            typer.echo(f"{name:<24}{describe(name)}")
+
+
+class _Watch:
+    """Shows a run to a person and listens for Ctrl-C: once ends it after the round, twice at once."""
+
+    def __init__(self, console: Console, as_json: bool, live: ExitStack) -> None:
+        self._console, self._as_json, self._live = console, as_json, live
+        self._interrupts = 0
+        self._path: Path | None = None
+        self._status: Any = None
+        self._table: Any = None
+
+    @property
+    def watcher(self) -> Watcher:
+        from simulations.simulate import Watcher
+
+        return Watcher(begin=self._begin, status=self._say, round=self._show_round, stop=lambda: self._interrupts > 0)
+
+    def conclude(self, summary: Mapping[str, Any] | None) -> None:
+        """Print the end of a run, or how to go on with one that was stopped (exit code 130)."""
+        from simulations.progress import print_summary
+
+        self._live.close()
+        if summary is None:
+            self.stopped()
+        print_summary(self._console, summary, report=f"{summary['run']}/report.html")
+        if self._as_json:
+            typer.echo(json.dumps(summary))
+
+    def stopped(self) -> None:
+        if self._path is None:
+            self._console.print("stopped before the run began: nothing was written")
+        else:
+            self._console.print(f"stopped; go on with: fedchorus resume {self._path}", soft_wrap=True)
+        raise typer.Exit(INTERRUPTED)
+
+    def interrupted(self, signum: int, frame: object) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1 or self._path is None:
+            raise KeyboardInterrupt
+        self._console.print("finishing this round; press Ctrl-C again to stop at once")
+
+    def _begin(self, path: Path, job: Any) -> None:
+        from simulations.progress import RoundTable
+
+        self._path = path
+        self._say("")
+        title = f"{job.name}: {job.training.rounds} rounds, {job.simulation.engine} engine, job {job.hash[:12]}"
+        self._table = self._live.enter_context(RoundTable(self._console, rounds=job.training.rounds, title=title))
+
+    def _show_round(self, line: Mapping[str, Any]) -> None:
+        self._table.add(line)
+
+    def _say(self, text: str) -> None:
+        if self._table is None and self._console.is_terminal:
+            if self._status is None:
+                self._status = self._live.enter_context(self._console.status(""))
+            if text:
+                self._status.update(text)
+            else:
+                self._status.stop()
+
+
+@contextmanager
+def _watching(as_json: bool) -> Iterator[_Watch]:
+    from rich.console import Console
+
+    with ExitStack() as live:
+        watch = _Watch(Console(stderr=as_json), as_json, live)
+        before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, watch.interrupted)
+        try:
+            yield watch
+        except KeyboardInterrupt:
+            live.close()
+            watch.stopped()
+        finally:
+            signal.signal(signal.SIGINT, before)

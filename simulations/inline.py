@@ -1,0 +1,27 @@
+"""The inline engine: every client in this process, one after the other, on one resident model.
+
+Contributions are added as they are made, so memory is that of one model and one total, whatever the cohort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+from server.collect import Failure
+from simulations.faults import DroppedOut, Handler
+from strategies.messages import Ask, MalformedMessage, Refusal, Reply
+
+
+class InlineTransport:
+    """A `server.collect.Transport` that calls the clients directly. Bugs in a client surface as what they are."""
+
+    def __init__(self, open_client: Callable[[str], Handler]) -> None:
+        self._client = lru_cache(maxsize=None)(open_client)
+
+    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
+        for site in sites:
+            try:
+                yield site, self._client(site).handle(ask)
+            except (DroppedOut, MalformedMessage) as error:
+                yield site, Failure(site, str(error))

@@ -1,0 +1,78 @@
+"""The model card: what the model is, what it was measured at, and the privacy statement that travels with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from client.data import class_count, feature_names
+from strategies.job import Job
+from strategies.parameters import Parameters
+
+
+def model_card(job: Job, summary: Mapping[str, Any], parameters: Parameters) -> str:
+    """Markdown. Figures on test rows are those of the simulation."""
+    shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, shape))} |" for name, shape in parameters.shapes.items())
+    figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items())
+    features = ", ".join(f"`{name}`" for name in feature_names(job.data))
+    return f"""# {job.name}
+
+A federated `{job.task.name}` model ({job.task.model}), trained by {job.strategy.name} over {summary["rounds"]} rounds
+at {len(summary["sites"])} simulated sites. Job `{summary["job_hash"]}`.
+
+## Figures
+
+On the test rows of all sites together; nobody trained on them.
+
+| metric | value |
+|---|---|
+{figures}
+
+## Privacy statement
+
+{_privacy(job, summary)}
+
+## Input and parameters
+
+Target: `{job.data.target}`, {class_count(job.data)} classes. {len(feature_names(job.data))} features, in this order:
+{features}.
+
+Numbers are clipped to the job's public ranges and mapped onto [-1, 1]; each category becomes indicators of all its
+values but the first. `job.toml` has the constants.
+
+`model.safetensors` holds {parameters.size} float32 parameters:
+
+| name | shape |
+|---|---|
+{shapes}
+
+## Limits
+
+A demonstration of federated training on the named data, not a medical or financial device. The model has not been
+examined for bias between groups of people. What it reveals about groups is not limited by differential privacy, which
+limits what it reveals about any one record.
+"""
+
+
+def _privacy(job: Job, summary: Mapping[str, Any]) -> str:
+    record = job.privacy.record
+    if record is None:
+        return "**None.** Updates left the sites exact. Nothing bounds what this model reveals about a record."
+    rows = "\n".join(
+        f"| {name} | {site['epsilon']:.4f} | {site['epsilon_rdp']:.4f} | {site['noise_multiplier']:.4g} "
+        f"| {site['sampling_rate']:.4g} | {site['steps']} |"
+        for name, site in summary["sites"].items()
+    )
+    seeded = (
+        "\n\n**The noise was seeded: this model protects nobody.** The epsilons say what real noise would have cost."
+        if summary["noise"] != "os"
+        else ""
+    )
+    return f"""Record-level (epsilon, delta)-differential privacy at every site, for the site's training rows, under
+add/remove-one of a record (the row counts themselves are public: the record that is taken out leaves an empty one).
+Clip norm {record.clip_norm:g}, delta {record.delta:g}, DP-SGD with Poisson batches and integer noise; epsilon by
+privacy loss distributions (PLD), with Rényi DP as the cross-check. `fedchorus audit` recomputes both.{seeded}
+
+| site | epsilon (PLD) | epsilon (RDP) | noise multiplier | sampling rate | steps |
+|---|---|---|---|---|---|
+{rows}"""

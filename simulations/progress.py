@@ -1,0 +1,112 @@
+"""What a person sees while a run goes on: one row a round, and at the end what it was worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "answered", "seconds", "ETA")
+
+
+class RoundTable:
+    """A live table on a terminal; one plain line a round anywhere else."""
+
+    def __init__(self, console: Console, *, rounds: int, title: str) -> None:
+        self._console, self._rounds, self._title = console, rounds, title
+        self._rows: list[tuple[str, ...]] = []
+        self._seconds: list[float] = []
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.__enter__()
+        else:
+            self._console.print(self._title)
+            self._console.print("".join(f"{name:>12}" if name != "worst site" else f"{name:>28}" for name in COLUMNS))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, trace)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Show one line of metrics.jsonl."""
+        self._seconds.append(line["seconds"])
+        left = (self._rounds - line["round"]) * sum(self._seconds) / len(self._seconds)
+        worst = line["worst_site"]
+        epsilons = line["epsilon"].values()
+        row = (
+            f"{line['round']}/{self._rounds}",
+            figure(line.get("loss"), 4),
+            figure(line.get("accuracy"), 3),
+            f"{worst} {figure(line['sites'][worst].get('accuracy'), 3)}",
+            figure(max(epsilons, default=None), 3),
+            f"{len(line['contributors'])}/{len(line['contributors']) + len(line['failures'])}",
+            f"{line['seconds']:.2f}",
+            time.strftime("%M:%S" if left < 3600 else "%H:%M:%S", time.gmtime(left)),
+        )
+        self._rows.append(row)
+        if self._live is None:
+            self._console.print("".join(f"{cell:>12}" if k != 3 else f"{cell:>28}" for k, cell in enumerate(row)))
+        else:
+            self._live.update(self._table(), refresh=True)
+
+    def _table(self) -> Table:
+        table = Table(*COLUMNS, title=self._title, box=box.SIMPLE_HEAD, title_justify="left")
+        for column in table.columns:
+            column.justify = "right"
+        fits = max(5, self._console.height - 8)
+        for row in self._rows[-fits:]:
+            table.add_row(*row)
+        return table
+
+
+def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) -> None:
+    """The comparison, the sites and what to do next."""
+    table = Table("", "accuracy", "loss", box=box.SIMPLE_HEAD, title="On all sites' test rows", title_justify="left")
+    rows = {"federated": summary["metrics"], **_comparison(summary)}
+    for name, metrics in rows.items():
+        table.add_row(name, figure(metrics.get("accuracy"), 3), figure(metrics.get("loss"), 4))
+    console.print(table)
+    sites = Table("site", "train", "test", "accuracy", "alone", "epsilon", "delta", "noise", box=box.SIMPLE_HEAD)
+    alone = summary["baselines"].get("local", {}).get("sites", {})
+    listed = list(summary["sites"].items())
+    for name, site in listed[:20]:
+        sites.add_row(
+            name,
+            str(site["train_rows"]),
+            str(site["test_rows"]),
+            figure(site.get("accuracy"), 3),
+            figure(alone.get(name, {}).get("accuracy"), 3),
+            figure(site["epsilon"], 3),
+            "-" if site["delta"] is None else f"{site['delta']:g}",
+            figure(site["noise_multiplier"], 3),
+        )
+    console.print(sites)
+    if len(listed) > 20:
+        console.print(f"... and {len(listed) - 20} more sites in summary.json")
+    if summary["epsilon"]["record"] is None:
+        console.print("[bold]This run was not private[/]: set privacy.record in the job to protect each record.")
+    elif summary["noise"] != "os":
+        console.print("[bold]Noise was seeded[/]: this run repeats exactly and protects nobody.")
+    console.print(
+        f"run     {summary['run']}\nreport  {report}\naudit   fedchorus audit {summary['run']}", soft_wrap=True
+    )
+
+
+def _comparison(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    names = {"local": "local-only (each site alone)", "pooled": "pooled (all records in one place)"}
+    return {names[key]: value for key, value in summary["baselines"].items()}
+
+
+def figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,137 @@
+"""A run folder: everything about one run, readable without the program that wrote it.
+
+job.toml            the resolved job; its SHA-256 names the job
+roster.json         the sites' public keys           plans.json   each site's rows, noise and sampling
+ledgers/SITE.jsonl  what each site released          heads.jsonl  the ledgers' heads after each round
+metrics.jsonl       one line a round                 summary.json the claims; written last: without it, unfinished
+initial.safetensors, model.safetensors, MODEL_CARD.md, report.html
+checkpoint.safetensors                               the server's state after the last finished round
+private/SITE/       the site's identity key and outbox: in deployment this lies at the site alone
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from client.site import Files
+from privacy.errors import RunError
+from strategies.job import Job, load_job
+
+
+class RunFolder:
+    """Paths and files of one run; every write of a whole file is atomic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, job: Job) -> RunFolder:
+        """Make a new run folder. Raises `RunError` when `path` holds anything already."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunError(f"{path}: exists and is not an empty folder; choose another --out, or `fedchorus resume` it")
+        path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder._write("job.toml", job.toml)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open an existing one. Raises `RunError` when `path` is not a run folder."""
+        if not (path / "job.toml").is_file():
+            raise RunError(f"{path}: no run folder (job.toml is missing)")
+        return cls(path)
+
+    @property
+    def job(self) -> Job:
+        """The resolved job. Raises `RunError` when the file is no longer what was resolved."""
+        job = load_job(self.path / "job.toml")
+        if job.toml != (self.path / "job.toml").read_bytes():
+            raise RunError(f"{self.path}: job.toml was changed after the run began")
+        return job
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    @property
+    def initial_model(self) -> Path:
+        return self.path / "initial.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    def files_of(self, site: str) -> Files:
+        private = self.path / "private" / site
+        return Files(self.path / "ledgers" / f"{site}.jsonl", private / "identity.pem", private / "outbox.bin")
+
+    def read(self, name: str) -> dict[str, Any]:
+        try:
+            loaded = json.loads((self.path / name).read_bytes())
+        except FileNotFoundError:
+            raise RunError(f"{self.path}: {name} is missing") from None
+        except ValueError:
+            loaded = None
+        if not isinstance(loaded, dict):
+            raise RunError(f"{self.path}: {name} is damaged")
+        return loaded
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        self._write(name, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        self._write(name, text.encode())
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        with open(self.path / name, "ab") as file:
+            file.write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """The whole lines of a JSONL file; a last line that a crash cut short is not there."""
+        try:
+            text = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+
+    def keep_rounds(self, last: int) -> None:
+        """Drop the records of rounds after `last`: they were never kept, and will be run again."""
+        for name in ("metrics.jsonl", "heads.jsonl"):
+            kept = [line for line in self.lines(name) if line["round"] <= last]
+            self._write(name, b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in kept))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time runs a run. Raises `RunError` when another does."""
+        with open(self.path / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"{self.path}: another process is running this run") from None
+            yield
+
+    def _write(self, name: str, content: bytes) -> None:
+        partial = self.path / f"{name}.partial"
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path / name)
+
+
+def fresh_path(job: Job, parent: Path, now: datetime) -> Path:
+    """`parent`/NAME-TIME, with a number behind it if that is taken."""
+    stem = f"{job.name}-{now:%Y%m%d-%H%M%S}"
+    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 1000))
+    return next(parent / name for name in names if not (parent / name).exists())
