@@ -41,8 +41,12 @@ class TabularClassification:
         for hidden in self._hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU()]
             width = hidden
-        layers.append(nn.Linear(width, 1 if classes == 2 else classes))
-        return nn.Sequential(*layers)
+        last = nn.Linear(width, 1 if classes == 2 else classes)
+        if not layers:
+            # Logistic regression is convex: it starts at zero, where no noise is spent on unlearning a random start.
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        return nn.Sequential(*layers, last)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.shape[-1] == 1:

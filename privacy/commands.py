@@ -42,6 +42,8 @@ def _print(result: Audit, run: Path) -> None:
     from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # A pipe has no edge to wrap at.
     if result.sites:
         table = Table(
             "site", "entries", "releases", "epsilon (PLD)", "epsilon (RDP)", "claimed", "delta", "", box=box.SIMPLE_HEAD

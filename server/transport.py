@@ -79,7 +79,7 @@ def _answer(site: str, reply: Message | None) -> Reply | Refusal | Failure:
     if reply is None:
         return Failure(site, "no answer in time")
     if reply.has_error():
-        return Failure(site, "dropped out")
+        return Failure(site, "failed at the site")
     try:
         return parse_answer(*_unpack(reply.content))
     except MalformedMessage as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -32,7 +32,8 @@ def add_to(app: typer.Typer) -> None:
 
 def simulate(
     job: Annotated[
-        str, typer.Argument(help="A scenario or a job file.", metavar="[SCENARIO | JOB.toml]")
+        str,
+        typer.Argument(help="By default the scenario hospitals.", metavar="[SCENARIO | JOB.toml]", show_default=False),
     ] = "hospitals",
     overrides: Annotated[
         list[str] | None,
@@ -119,7 +120,7 @@ class _Watch:
         if self._as_json:
             typer.echo(json.dumps(summary))
 
-    def stopped(self) -> None:
+    def stopped(self) -> NoReturn:
         if self._path is None:
             self._console.print("stopped before the run began: nothing was written")
         else:
@@ -158,7 +159,10 @@ def _watching(as_json: bool) -> Iterator[_Watch]:
     from rich.console import Console
 
     with ExitStack() as live:
-        watch = _Watch(Console(stderr=as_json), as_json, live)
+        console = Console(stderr=as_json)
+        if not console.is_terminal:
+            console.width = max(console.width, 120)  # A pipe has no edge to wrap at.
+        watch = _Watch(console, as_json, live)
         before: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, watch.interrupted)
         try:
             yield watch

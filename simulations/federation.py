@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from client.data import Records, SiteData, class_count, encode, feature_names, read_frame, site_frames, split
+from client.data import (
+    Records,
+    SiteData,
+    class_count,
+    encode,
+    feature_names,
+    read_frame,
+    require_columns,
+    site_frames,
+    split,
+)
 from client.site import Files, Site, SitePlan
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
@@ -21,6 +31,7 @@ from simulations.faults import FaultySite, Handler
 from simulations.partition import partition
 from strategies.catalogue import strategy_for
 from strategies.job import Job
+from strategies.protocol import Strategy
 
 
 def load_sites(job: Job) -> dict[str, SiteData]:
@@ -51,14 +62,15 @@ class Federation:
     data: Mapping[str, SiteData]
     task: Task
     trainer: Trainer
+    strategy: Strategy
 
     @classmethod
     def load(cls, job: Job) -> Federation:
         """Raises `JobError` or `DataError` for whatever cannot work, before anything is written."""
+        strategy, task = strategy_for(job), task_for(job)
         data = load_sites(job)
-        task = task_for(job)
         model = initial_model(task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed)
-        return cls(job, data, task, Trainer(task, model, job.training))
+        return cls(job, data, task, Trainer(task, model, job.training), strategy)
 
     @cached_property
     def names(self) -> list[str]:
@@ -88,7 +100,7 @@ class Federation:
             name,
             job=self.job,
             plan=plan,
-            strategy=strategy_for(self.job),
+            strategy=self.strategy,
             trainer=self.trainer,
             records=self.data[name].train,
             noise=lambda round_number: self._noise(name, round_number),
@@ -137,7 +149,5 @@ def _one_table(job: Job) -> pd.DataFrame:
 
     bundled = load_breast_cancer(as_frame=True)
     frame: pd.DataFrame = bundled.data.assign(malignant=1 - bundled.target)
-    for wanted in [*job.data.columns, job.data.target]:
-        if wanted not in frame.columns:
-            raise DataError(f"the bundled data set breast-cancer has no column {wanted!r}")
+    require_columns(frame, job.data, where="the bundled data set breast-cancer")
     return frame

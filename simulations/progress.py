@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "answered", "seconds", "ETA")
+WIDTHS = (8, 9, 10, 26, 9, 10, 9, 8)
 
 
 class RoundTable:
@@ -29,7 +30,7 @@ class RoundTable:
             self._live.__enter__()
         else:
             self._console.print(self._title)
-            self._console.print("".join(f"{name:>12}" if name != "worst site" else f"{name:>28}" for name in COLUMNS))
+            self._print_plain(COLUMNS)
         return self
 
     def __exit__(
@@ -56,9 +57,13 @@ class RoundTable:
         )
         self._rows.append(row)
         if self._live is None:
-            self._console.print("".join(f"{cell:>12}" if k != 3 else f"{cell:>28}" for k, cell in enumerate(row)))
+            self._print_plain(row)
         else:
             self._live.update(self._table(), refresh=True)
+
+    def _print_plain(self, row: tuple[str, ...]) -> None:
+        cells = (f"{cell:>{width}}" for cell, width in zip(row, WIDTHS, strict=True))
+        self._console.print("".join(cells), soft_wrap=True, highlight=False)
 
     def _table(self) -> Table:
         table = Table(*COLUMNS, title=self._title, box=box.SIMPLE_HEAD, title_justify="left")

@@ -52,8 +52,8 @@ class RunFolder:
     def job(self) -> Job:
         """The resolved job. Raises `RunError` when the file is no longer what was resolved."""
         job = load_job(self.path / "job.toml")
-        if job.toml != (self.path / "job.toml").read_bytes():
-            raise RunError(f"{self.path}: job.toml was changed after the run began")
+        if job.hash != self.read("plans.json").get("job"):
+            raise RunError(f"{self.path}: job.toml was changed after the run began; start a new run with it")
         return job
 
     @property

@@ -27,7 +27,6 @@ from simulations.inline import InlineTransport
 from simulations.model_card import model_card
 from simulations.report import render_report
 from simulations.run_folder import RunFolder, fresh_path
-from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
@@ -55,7 +54,7 @@ def start_run(job: Job, *, out: Path | None, parent: Path, watcher: Watcher, now
     watcher.status("calibrating noise" if job.privacy.record else "preparing")
     plans = federation.plans()
     folder = RunFolder.create(out or fresh_path(job, parent, now), job)
-    folder.write("plans.json", {name: plan_record(plan) for name, plan in plans.items()})
+    folder.write("plans.json", {"v": 1, "job": job.hash, "sites": {n: plan_record(plan) for n, plan in plans.items()}})
     federation.trainer.parameters.save(federation.trainer.read(), folder.initial_model, {"job": job.hash, "round": "0"})
     if job.privacy.record is not None:
         keys = {name: IdentityKey.create(folder.files_of(name).identity).public_hex for name in federation.names}
@@ -71,7 +70,7 @@ def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:
     job = folder.job
     watcher.status("reading data")
     federation = Federation.load(job)
-    return _Run(folder, job, federation, federation.plans(folder.read("plans.json")), watcher).finish()
+    return _Run(folder, job, federation, federation.plans(folder.read("plans.json")["sites"]), watcher).finish()
 
 
 @dataclass
@@ -114,7 +113,7 @@ class _Run:
                 state,
                 job=self.job,
                 sites=self.federation.names,
-                strategy=strategy_for(self.job),
+                strategy=self.federation.strategy,
                 collector=PlainCollector(transport, layout_for(self.job, self.federation.trainer.parameters.size)),
                 evaluate=evaluation,
                 record=self._record,
