@@ -1,7 +1,8 @@
 """What federated training is measured against: each site alone, and all records pooled in one place.
 
-Both train the same model from the same start with the same optimiser, without noise, and see each record as often as
-the federation does.
+All train the same model from the same start with the same optimiser and see each record as often as the federation
+does. Alone and pooled without noise: the most that could be had. Alone under the same privacy: what a site could
+have had without the others at the same epsilon.
 """
 
 from __future__ import annotations
@@ -10,55 +11,84 @@ from collections.abc import Callable
 from typing import Any
 
 from client.data import class_count, feature_names
-from client.site import training_seed
+from client.site import SitePlan, training_seed
 from client.tasks import initial_model
-from client.training import Trainer
+from client.training import DeviceRecords, Trainer
 from simulations.evaluation import Evaluation
 from simulations.federation import Federation, pooled
 from strategies.parameters import Vector
 
+Train = Callable[[DeviceRecords, str, int], object]
+"""Train the loaded model for one round: (records, site, round number)."""
+
 
 def baselines(
-    federation: Federation, evaluation: Evaluation, start: Vector, *, progress: Callable[[str], None] = lambda _: None
+    federation: Federation,
+    evaluation: Evaluation,
+    plans: dict[str, SitePlan],
+    start: Vector,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """`{"local": {...}, "pooled": {...}}`. `local` scores each site's model on its own test rows, all rows together."""
-    job, trainer = federation.job, federation.trainer
+    """`{"local": {...}, "pooled": {...}}`, and `"local_private"` when the job is private.
+
+    `local` and `local_private` score each site's model on its own test rows, all rows together.
+    """
+    trainer, seed = federation.trainer, federation.job.seed
+
+    def openly(records: DeviceRecords, site: str, round_number: int) -> None:
+        trainer.train(records, seed=training_seed(seed, site, round_number))
+
+    def privately(records: DeviceRecords, site: str, round_number: int) -> None:
+        sgd = plans[site].sgd
+        assert sgd is not None
+        trainer.train_privately(records, sgd, federation.noise(f"{site} alone", round_number))
+
+    progress("each site alone")
+    result = {"local": _alone(federation, evaluation, start, openly)}
+    if federation.job.privacy.record is not None:
+        progress("each site alone, under the same privacy")
+        result["local_private"] = _alone(federation, evaluation, start, privately)
+    progress("all records pooled")
+    result["pooled"] = _pooled(federation, evaluation, start)
+    return result
+
+
+def _alone(federation: Federation, evaluation: Evaluation, start: Vector, train: Train) -> dict[str, Any]:
     sites: dict[str, dict[str, float]] = {}
     for name, data in federation.data.items():
-        progress(f"local-only: {name}")
-        trainer.load(start)
-        records = trainer.place(data.train)
-        for round_number in range(1, job.training.rounds + 1):
-            trainer.train(records, seed=training_seed(job.seed, name, round_number))
-        sites[name] = evaluation.one_site(trainer.read().copy(), name)
+        federation.trainer.load(start)
+        records = federation.trainer.place(data.train)
+        for round_number in range(1, federation.job.training.rounds + 1):
+            train(records, name, round_number)
+        sites[name] = evaluation.one_site(federation.trainer.read().copy(), name)
     rows = {name: len(data.test) for name, data in federation.data.items()}
-    local = {
+    means = {
         metric: sum(sites[name][metric] * rows[name] for name in rows) / sum(rows.values())
         for metric in next(iter(sites.values()))
     }
-    progress("pooled")
-    everything = pooled(federation.data).train
-    steps = sum(job.training.steps_for(len(data.train)) for data in federation.data.values())
-    batch = [max(1, round(job.training.rate_for(len(d.train)) * len(d.train))) for d in federation.data.values()]
+    return {**means, "sites": sites}
+
+
+def _pooled(federation: Federation, evaluation: Evaluation, start: Vector) -> dict[str, Any]:
+    job, sizes = federation.job, [len(data.train) for data in federation.data.values()]
+    batches = [max(1, round(job.training.rate_for(rows) * rows)) for rows in sizes]
     # As many steps a round as all sites take together, on batches of their mean size.
     training = job.training.model_copy(
         update={
-            "local_steps": steps,
+            "local_steps": sum(job.training.steps_for(rows) for rows in sizes),
             "local_epochs": None,
-            "batch_size": max(1, round(sum(batch) / len(batch))),
+            "batch_size": max(1, round(sum(batches) / len(batches))),
             "sampling_rate": None,
         }
     )
     model = initial_model(
         federation.task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed
     )
-    central = Trainer(federation.task, model, training)
-    central.load(start)
-    records = central.place(everything)
+    trainer = Trainer(federation.task, model, training)
+    trainer.load(start)
+    records = trainer.place(pooled(federation.data).train)
     for round_number in range(1, job.training.rounds + 1):
-        central.train(records, seed=training_seed(job.seed, "pooled", round_number))
-    scores = evaluation(central.read().copy())
-    return {
-        "local": {**local, "sites": sites},
-        "pooled": {metric: scores[metric] for metric in local} | {"sites": scores["sites"]},
-    }
+        trainer.train(records, seed=training_seed(job.seed, "pooled", round_number))
+    scores = evaluation(trainer.read().copy())
+    return {name: value for name, value in scores.items() if name != "worst_site"}

@@ -103,7 +103,7 @@ class Federation:
             strategy=self.strategy,
             trainer=self.trainer,
             records=self.data[name].train,
-            noise=lambda round_number: self._noise(name, round_number),
+            noise=lambda round_number: self.noise(name, round_number),
             files=files,
             simulation=True,
         )
@@ -112,7 +112,8 @@ class Federation:
             return site
         return FaultySite(site, self.names.index(name), faults, self.job.seed)
 
-    def _noise(self, name: str, round_number: int) -> NoiseSource:
+    def noise(self, name: str, round_number: int) -> NoiseSource:
+        """The noise source of one site in one round."""
         if self.job.simulation.noise == "os":
             return self._os_noise
         return SeededNoise(self.job.seed, name, round_number)

@@ -78,7 +78,7 @@ class RoundTable:
 def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) -> None:
     """The comparison, the sites and what to do next."""
     table = Table("", "accuracy", "loss", box=box.SIMPLE_HEAD, title="On all sites' test rows", title_justify="left")
-    rows = {"federated": summary["metrics"], **_comparison(summary)}
+    rows = {"federated (this run)": summary["metrics"], **_comparison(summary)}
     for name, metrics in rows.items():
         table.add_row(name, figure(metrics.get("accuracy"), 3), figure(metrics.get("loss"), 4))
     console.print(table)
@@ -109,8 +109,12 @@ def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) 
 
 
 def _comparison(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    names = {"local": "local-only (each site alone)", "pooled": "pooled (all records in one place)"}
-    return {names[key]: value for key, value in summary["baselines"].items()}
+    names = {
+        "local_private": "local-only, as private (each site alone)",
+        "local": "local-only, no privacy (each site alone)",
+        "pooled": "pooled, no privacy (all records in one place)",
+    }
+    return {name: summary["baselines"][key] for key, name in names.items() if key in summary["baselines"]}
 
 
 def figure(value: float | None, digits: int) -> str:

@@ -172,11 +172,14 @@ def _header(name: str, summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
 
 def _outcome(summary: Mapping[str, Any]) -> Markup:
     metrics = _at(summary, "metrics") or {}
+    exact = ", no privacy" if _at(summary, "epsilon", "record") is not None else ""
     reached = [
         ("Federated", metrics.get("accuracy"), "one model, no row moved"),
-        ("Local only", _at(summary, "baselines", "local", "accuracy"), "each site alone"),
-        ("Pooled", _at(summary, "baselines", "pooled", "accuracy"), "all rows in one place"),
+        ("Local only", _at(summary, "baselines", "local", "accuracy"), f"each site alone{exact}"),
+        ("Pooled", _at(summary, "baselines", "pooled", "accuracy"), f"all rows in one place{exact}"),
     ]
+    if (private := _at(summary, "baselines", "local_private", "accuracy")) is not None:
+        reached.insert(1, ("Local, as private", private, "each site alone, same epsilon"))
     figures = []
     for label, share, note in reached:
         figure = element("dd", _share(share), class_="first" if label == "Federated" else None)

@@ -78,7 +78,7 @@ class _Run:
     folder: RunFolder
     job: Job
     federation: Federation
-    plans: Mapping[str, SitePlan]
+    plans: dict[str, SitePlan]
     watcher: Watcher
     _views: dict[str, LedgerView] = field(default_factory=dict)
     _round_began: float = 0.0
@@ -184,7 +184,7 @@ class _Run:
         scores = evaluation(state.model)
         compared: dict[str, Any] = {}
         if self.job.simulation.baselines:
-            compared = baselines(self.federation, evaluation, start, progress=self.watcher.status)
+            compared = baselines(self.federation, evaluation, self.plans, start, progress=self.watcher.status)
         self.watcher.status("writing the report")
         summary = self._summary(scores, compared)
         parameters.save(state.model, self.folder.model, {"job": self.job.hash, "round": str(state.round_number)})

@@ -55,7 +55,7 @@ def test_a_run_ends_with_one_json_object_that_keeps_the_contract(finished: tuple
     run, summary, progress = finished
     assert summary["rounds"] == 3
     assert set(summary) >= {"run", "rounds", "metrics", "sites", "baselines", "epsilon", "seconds"}
-    assert set(summary["baselines"]) == {"local", "pooled"}
+    assert set(summary["baselines"]) == {"local", "local_private", "pooled"}
     assert summary["epsilon"]["client"] is None
     assert summary["epsilon"]["record"] == max(site["epsilon"] for site in summary["sites"].values())
     assert 0.5 < summary["metrics"]["accuracy"] <= 1
@@ -185,7 +185,7 @@ BAD_INPUT: list[tuple[Sequence[str], Sequence[str]]] = [
     (["simulate", "--set", "training.rounds"], ["key=value"]),
     (["simulate", "--set", "privacy.record.epsilon=-1"], ["privacy.record.epsilon", "greater than 0", "-1"]),
     (["simulate", "--set", "privacy.record.epsilon=0"], ["privacy.record.epsilon"]),
-    (["simulate", "--set", "privacy.record.noise_multiplier=5.0"], ["budget is 2", "at most 11 rounds fit"]),
+    (["simulate", "--set", "privacy.record.noise_multiplier=5.0"], ["budget is 1", "at most 7 rounds fit"]),
     (["simulate", "--set", "data.target=malignent"], ["malignent", "malignant"]),
     (["simulate", "--set", "simulation.engine=inlin"], ["inlin", "inline"]),
     (["simulate", "--set", "strategy.name=fedvag"], ["fedvag", "fedavg"]),

@@ -1,0 +1,64 @@
+"""What the documents say is held against the program."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from strategies.job import check_job, known_keys
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def test_the_job_reference_names_every_key() -> None:
+    text = (ROOT / "docs" / "jobs.md").read_text()
+    sections = {
+        "simulation",
+        "privacy",
+        "record",
+        "partition",
+        "faults",
+        "data",
+        "task",
+        "strategy",
+        "training",
+        "cohort",
+    }
+    missing = {".".join([*table, key]) for table, key in known_keys() if key not in sections and f"`{key}" not in text}
+    assert not missing
+
+
+def test_the_readme_names_only_commands_that_exist() -> None:
+    import typer.main
+
+    from fedchorus import app
+
+    known = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    named = set(
+        re.findall(r"fedchorus (simulate|audit|resume|report|scenarios|[a-z]+) ", (ROOT / "README.md").read_text())
+    )
+    assert named - {"trains"} <= known
+    assert {"simulate", "audit", "resume", "scenarios"} <= named
+
+
+def test_the_makefile_has_every_target_that_the_documents_name() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for document in DOCUMENTS:
+        assert set(re.findall(r"\bmake ([a-z]+)\b(?= +#|`)", document.read_text())) <= targets, document
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
+        assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_example_job_is_valid() -> None:
+    import tomllib
+
+    job = check_job(tomllib.loads((ROOT / "examples" / "heart_disease.toml").read_text()), where="example")
+    assert job.privacy.record is not None
+    assert set(job.data.files or {}) == {"cleveland", "hungarian", "switzerland", "va"}
