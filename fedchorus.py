@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -22,6 +23,9 @@ app = typer.Typer(
 simulations.commands.add_to(app)
 privacy.commands.add_to(app)
 
+# What the smaller installations lack, and the extra that has it.
+EXTRAS = {"torch": "train", "pandas": "train", "sklearn": "train", "pyarrow": "train", "ray": "ray"}
+
 
 def main() -> None:
     try:
@@ -29,8 +33,17 @@ def main() -> None:
     except FedchorusError as error:
         if "--verbose" in sys.argv:
             raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _end_with(str(error))
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get(str(error.name).partition(".")[0])
+        if extra is None or "--verbose" in sys.argv:
+            raise
+        _end_with(f"this command needs {error.name}: install fedchorus with its extra `{extra}`")
+
+
+def _end_with(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.site import SitePlan
-from privacy.errors import FedchorusError, JobError, RunError
+from privacy.errors import FedchorusError, RunError
 from simulations.faults import Handler
 from simulations.federation import Federation
 from simulations.run_folder import RunFolder
@@ -41,11 +41,9 @@ def run_on_flower(run: Path, sites: int, drive: Callable[[FlowerTransport], None
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
-    try:
-        import ray  # noqa: F401 (the simulation runtime needs it, and says so less kindly)
-        from flwr.simulation import run_simulation
-    except ModuleNotFoundError as error:
-        raise JobError(f"--engine flower needs {error.name}: install fedchorus with its extra `ray`") from None
+    import ray  # noqa: F401 (named first: Flower's own message about its absence is less kind)
+    from flwr.simulation import run_simulation
+
     from client.app import make_client_app
     from server.app import make_server_app
 
