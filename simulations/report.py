@@ -1,85 +1,24 @@
 """The report of a run: one self-contained HTML page for a privacy officer and a researcher alike.
 
-The page loads nothing and runs nothing, and its own Content-Security-Policy holds it to that: only the one style sheet
-whose hash it names applies. Whatever came from the job or the sites is escaped by `charts.element`, so a site called
+Whatever came from the job or the sites is escaped by `charts.element`, so a site called
 `<script>` is a site with a strange name. Figures that a run does not have read "-"; an infinite one reads "∞".
 """
 
-import base64
-import hashlib
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from numbers import Real
 from typing import Any
 
-from simulations import charts
+from simulations import charts, page
 from simulations.charts import Markup, element, finite
 
 TAGLINE = "Hear the chorus, never the voice."
 MANY_SITES = 12  # Beyond it a line and a label for every site would hide what they show.
 
-PAGE_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --panel: #f4f7f8; --ink: #15222c; --soft: #55636f; --rule: #dde4e8;
-  --accent: #0b6078; --bar: #82939e; --warn: #b4400d; --warn-paper: #fdf3ec;
-  --k0: #c2570a; --k1: #00795a; --k2: #9a4c9c; --k3: #846600; --k4: #5b656e; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #10171d; --panel: #18222a; --ink: #e8eef2;
-  --soft: #a3b1bc; --rule: #2b3843; --accent: #62c3dc; --bar: #647888; --warn: #f29a63; --warn-paper: #2a1c13;
-  --k0: #f08d49; --k1: #35c79d; --k2: #dc9ade; --k3: #d9b23f; --k4: #b3bdc6; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-header, main, footer { max-width: 1136px; margin: 0 auto; padding: 0 28px; }
-header { padding-top: 40px; }
-.brand { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 12px; margin: 0; font-weight: 650; }
-.brand svg { width: 30px; height: 24px; stroke: var(--accent); stroke-width: 2.5; stroke-linecap: round; }
-.brand em { font-weight: 400; color: var(--soft); }
-h1 { margin: 56px 0 8px; font-size: clamp(2rem, 6vw, 3rem); line-height: 1.1; letter-spacing: -0.025em;
-  overflow-wrap: anywhere; }
-.lede { margin: 0 0 32px; font-size: 1.125rem; color: var(--soft); } .lede strong { color: var(--warn); }
-section { margin: 72px 0 0; padding-top: 28px; border-top: 1px solid var(--rule); }
-section:first-child { margin-top: 40px; }
-h2 { margin: 0 0 20px; font-size: 1.5rem; line-height: 1.25; letter-spacing: -0.015em; }
-p { max-width: 68ch; }
-.columns { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 36px 40px; align-items: start; }
-.columns + .columns { margin-top: 40px; }
-.figures { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 24px 40px; margin: 0 0 44px; }
-.figures dt { color: var(--soft); }
-.figures dd { margin: 0; font-size: 2.75rem; line-height: 1.2; font-weight: 600; letter-spacing: -0.03em; }
-.figures .first { color: var(--accent); }
-.figures .note { font-size: 0.9375rem; font-weight: 400; letter-spacing: 0; color: var(--soft); }
-.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); margin: 0; }
-.facts dt, .facts dd { margin: 0; padding: 7px 24px 7px 0; border-bottom: 1px solid var(--rule); }
-.facts dt { color: var(--soft); } .facts dd { overflow-wrap: anywhere; padding-right: 0; }
-dd, td, .chart { font-variant-numeric: tabular-nums; }
-figure { margin: 0; } figcaption, caption { font-weight: 600; text-align: left; padding-bottom: 10px; }
-.scroll { overflow-x: auto; margin-top: 36px; }
-table { width: 100%; border-collapse: collapse; font-size: 0.9375rem; }
-th, td { padding: 8px 20px 8px 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--rule);
-  unicode-bidi: isolate; }
-thead th { color: var(--soft); font-weight: 500; } tbody th { font-weight: 500; min-width: 7rem; white-space: normal;
-  overflow-wrap: anywhere; } td:last-child { white-space: normal; min-width: 9rem; }
-.n { text-align: right; } td.n:last-child { min-width: 0; } .most > * { font-weight: 700; }
-tr > :last-child { padding-right: 0; }
-.notice { margin: 0 0 28px; padding: 16px 20px; border-left: 4px solid var(--warn); background: var(--warn-paper); }
-.notice p { margin: 0; } .notice strong { color: var(--warn); }
-details { margin-top: 32px; } details .scroll { margin-top: 16px; }
-summary { cursor: pointer; font-weight: 600; color: var(--accent); }
-code, pre { font: 0.875em/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 16px 0 0; padding: 20px; overflow-x: auto; background: var(--panel); }
-p code { padding: 2px 6px; background: var(--panel); overflow-wrap: anywhere; }
-footer { margin-top: 72px; padding-top: 20px; padding-bottom: 48px; color: var(--soft); font-size: 0.875rem; }
-footer p { max-width: none; margin: 0 0 4px; }
-@media screen and (max-width: 760px) { header, main, footer { padding-left: 18px; padding-right: 18px; }
-  .columns, .figures { grid-template-columns: minmax(0, 1fr); } .figures { gap: 16px; } section { margin-top: 52px; } }
-@media print { body { font-size: 10pt; } table { font-size: 8.5pt; } section { margin-top: 28px; }
-  section:first-child { margin-top: 0; } h2 { break-after: avoid; } figure, tr, .notice, .facts { break-inside: avoid; }
-  .scroll, pre { overflow: visible; } pre, thead th { white-space: pre-wrap; } th, td { padding-right: 10px; } }
-@media print { details::details-content { content-visibility: visible; block-size: auto; } }
-"""
 
 _MARK = "M3 10v4M9 6v12M15 2v20M21 7v10M27 10v4"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -91,31 +30,22 @@ def render_report(*, job_toml: str, summary: Mapping[str, Any], rounds: Sequence
     `summary` is what `simulate --json` prints plus what every site spent; `rounds` has one mapping a round, in order.
     Deterministic: the same run gives the same text.
     """
-    style = Markup(PAGE_STYLE + charts.CHART_STYLE)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     name = str(summary.get("name") or "unnamed run")
     privacy = _Privacy.read(summary)
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{name} · fedchorus report"),
-        element("style", style),
-    )
     main = element(
         "main",
         _outcome(summary),
         _spending(summary, rounds, privacy),
         _curves(rounds),
         _spread(summary),
-        _section("rounds", "Round by round", _rounds_table(rounds)),
+        page.section("rounds", "Round by round", _rounds_table(rounds)),
         _guarantee(summary, privacy),
-        _section("job", "The job", _details("The resolved job file", element("pre", element("code", job_toml)))),
+        page.section(
+            "job", "The job", page.details("The resolved job file", element("pre", element("code", job_toml)))
+        ),
     )
     body = element("body", _header(name, summary, privacy), main, _footer(summary))
-    return "<!doctype html>\n" + element("html", head, body, lang="en-GB") + "\n"
+    return page.document(f"{name} · fedchorus report", body)
 
 
 @dataclass(frozen=True)
@@ -196,26 +126,26 @@ def _outcome(summary: Mapping[str, Any]) -> Markup:
         "Seed": _count(summary.get("seed")),
         "Job hash": element("code", summary.get("job_hash") or "-"),
     }
-    columns = _columns(_captioned("Accuracy on the test rows of all sites", bars), _facts(facts))
-    return _section("outcome", "What was learnt", element("dl", *figures, class_="figures"), columns)
+    columns = page.columns(page.captioned("Accuracy on the test rows of all sites", bars), page.facts(facts))
+    return page.section("outcome", "What was learnt", element("dl", *figures, class_="figures"), columns)
 
 
 def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], privacy: _Privacy) -> Markup:
     parts = []
     if privacy.absent:
         told = "No noise was added, so what a site sent can reveal its rows."
-        parts.append(_notice("This run was not private: every update left its site exact.", told))
+        parts.append(page.notice("This run was not private: every update left its site exact.", told))
     elif privacy.unbounded:
         names = _listed(privacy.unbounded)
         told = f"What was sent from here is not bounded for single records: {names}."
         parts.append(
-            _notice(f"No finite record-level ε at {len(privacy.unbounded)} of {len(privacy.by_site)} sites.", told)
+            page.notice(f"No finite record-level ε at {len(privacy.unbounded)} of {len(privacy.by_site)} sites.", told)
         )
     if privacy.seeded:
         told = (
             "Whoever knows the seed can take the noise away. The figures are those of the same run with secret noise."
         )
-        parts.append(_notice("Noise was seeded: a simulation, no protection.", told))
+        parts.append(page.notice("Noise was seeded: a simulation, no protection.", told))
     if not privacy.absent:
         noise = {"os": "secret, from the operating system", "seeded-simulation": "seeded: no protection"}
         units = {"one record (a training row)": privacy.largest, "one site": privacy.whole_site}
@@ -228,9 +158,11 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
             "Noise": noise.get(str(summary.get("noise")), "-"),
         }
         parts.append(
-            _columns(_captioned("Privacy spent, in all, after each round", _epsilon_chart(rounds)), _facts(facts))
+            page.columns(
+                page.captioned("Privacy spent, in all, after each round", _epsilon_chart(rounds)), page.facts(facts)
+            )
         )
-    return _section("spent", "What was spent", *parts, _spending_table(summary, privacy))
+    return page.section("spent", "What was spent", *parts, _spending_table(summary, privacy))
 
 
 def _spending_table(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
@@ -252,8 +184,10 @@ def _spending_table(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
             ]
         )
         most.append(epsilon is not None and epsilon == privacy.largest)
-    table = _table("Spending by site" + "; the largest in bold" * any(most), heads, rows, words={0, 2, 8}, bold=most)
-    return table if len(rows) <= MANY_SITES else _details(f"The spending of all {len(rows)} sites", table)
+    table = page.table(
+        "Spending by site" + "; the largest in bold" * any(most), heads, rows, words={0, 2, 8}, bold=most
+    )
+    return table if len(rows) <= MANY_SITES else page.details(f"The spending of all {len(rows)} sites", table)
 
 
 def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
@@ -287,8 +221,8 @@ def _curves(rounds: Sequence[Mapping[str, Any]]) -> Markup:
         lines = [charts.Line("worst site", worst), charts.Line("all sites", whole, strong=True)]
         share = metric == "accuracy"
         chart = charts.line_chart(metric, title, told, _numbers(rounds), lines, y_label=metric, percent=share)
-        figures.append(_captioned(title, chart))
-    return _section("curves", "How it learnt", _columns(*figures))
+        figures.append(page.captioned(title, chart))
+    return page.section("curves", "How it learnt", page.columns(*figures))
 
 
 def _spread(summary: Mapping[str, Any]) -> Markup:
@@ -313,14 +247,20 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
     for title, part in (("Accuracy by site", pairs[:half]), ("Accuracy by site, continued", pairs[half:])):
         if part:
             ident, names = f"spread{len(figures)}", ("federated", "local only", "test rows")
-            figures.append(_captioned(title, charts.dot_chart(ident, title, told, part, marks=marks, names=names)))
-    drawn = [_columns(_facts(facts)), _columns(*figures)] if len(figures) > 1 else [_columns(*figures, _facts(facts))]
+            figures.append(page.captioned(title, charts.dot_chart(ident, title, told, part, marks=marks, names=names)))
+    drawn = (
+        [page.columns(page.facts(facts)), page.columns(*figures)]
+        if len(figures) > 1
+        else [page.columns(*figures, page.facts(facts))]
+    )
     heads = ["Site", "Test rows", "Federated", "Local only", "Rounds taken part"]
     rows = [
         [pair.name, pair.note, _share(pair.dot), _share(pair.ring), _count(_at(summary, "sites", pair.name, "rounds"))]
         for pair in pairs
     ]
-    return _section("spread", "Site by site", *drawn, _details("The same as a table", _table("By site", heads, rows)))
+    return page.section(
+        "spread", "Site by site", *drawn, page.details("The same as a table", page.table("By site", heads, rows))
+    )
 
 
 def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
@@ -341,7 +281,9 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
                 _listed(failures) or "-",
             ]
         )
-    return _details(f"Every round ({len(rounds)})", _table("Figures of every round", heads, rows, words={0, 3, 7}))
+    return page.details(
+        f"Every round ({len(rounds)})", page.table("Figures of every round", heads, rows, words={0, 3, 7})
+    )
 
 
 def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
@@ -367,7 +309,7 @@ def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
         "not covered by the guarantee."
     )
     command = element("code", f"fedchorus audit {shlex.quote(str(summary.get('run') or 'RUN'))}")
-    return _section(
+    return page.section(
         "guarantee",
         "What this guarantee says, and what it does not",
         element("p", element("strong", "What it says. "), " ".join(says)),
@@ -456,51 +398,3 @@ def _upward(value: object) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# --- pieces of the page ---------------------------------------------------------------------------------------------
-
-
-def _section(ident: str, title: str, *parts: Markup) -> Markup:
-    heading = element("h2", title, id=f"{ident}-heading")
-    return element("section", heading, *parts, aria_labelledby=f"{ident}-heading")
-
-
-def _columns(*parts: Markup) -> Markup:
-    return element("div", *parts, class_="columns")
-
-
-def _captioned(caption: str, chart: Markup) -> Markup:
-    return element("figure", element("figcaption", caption), chart)
-
-
-def _facts(facts: Mapping[str, object]) -> Markup:
-    known = [(label, fact) for label, fact in facts.items() if fact is not None]
-    return element("dl", *(part for k, v in known for part in (element("dt", k), element("dd", v))), class_="facts")
-
-
-def _notice(title: str, text: str) -> Markup:
-    return element("div", element("p", element("strong", title), " ", text), class_="notice", role="note")
-
-
-def _details(title: str, body: Markup) -> Markup:
-    return element("details", element("summary", title), body)
-
-
-def _table(
-    caption: str,
-    heads: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    words: Collection[int] = (0,),
-    bold: Sequence[bool] = (),
-) -> Markup:
-    """Build a table that scrolls sideways where it must; the columns outside `words` are numbers and align right."""
-    kinds = [None if i in words else "n" for i in range(len(heads))]
-    top = (element("th", head, scope="col", class_=kind) for head, kind in zip(heads, kinds, strict=True))
-    body = []
-    for i, row in enumerate(rows):
-        cells = (element("td", cell, class_=kind) for cell, kind in zip(row[1:], kinds[1:], strict=True))
-        name = element("th", row[0], scope="row")
-        body.append(element("tr", name, *cells, class_="most" if i < len(bold) and bold[i] else None))
-    parts = element("caption", caption), element("thead", element("tr", *top)), element("tbody", *body)
-    return element("div", element("table", *parts), class_="scroll", role="region", aria_label=caption, tabindex=0)
