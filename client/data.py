@@ -6,6 +6,7 @@ Errors name the file, the column and how many rows are wrong; they never repeat 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,9 @@ def read_frame(path: Path, data: Data) -> pd.DataFrame:
                 dtype=str,
                 skipinitialspace=True,
             )
+            # Of the first field of rows that have one more than the header pandas makes an index, and shifts the rest.
+            if not isinstance(frame.index, pd.RangeIndex):
+                raise DataError(f"{path}: its rows have more fields than the {len(frame.columns)} names of the columns")
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file (data.folder says where relative names start)") from None
     except IsADirectoryError:
@@ -78,13 +82,19 @@ def read_frame(path: Path, data: Data) -> pd.DataFrame:
     except (ValueError, OSError) as error:
         # The parser's text can quote the line it stumbled over, so only its kind is repeated.
         raise DataError(f"{path}: cannot be read as {path.suffix or 'CSV'} ({type(error).__name__})") from None
+    require_columns(frame, data, where=str(path))
+    return frame
+
+
+def require_columns(frame: pd.DataFrame, data: Data, *, where: str) -> None:
+    """Raise `DataError`, with the nearest name, unless the schema's columns, target and client key are all there."""
     for wanted in [*data.columns, data.target, *([data.client] if data.client else [])]:
         if wanted not in frame.columns:
             close = difflib.get_close_matches(wanted, [str(name) for name in frame.columns], n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it has {_shortened([str(c) for c in frame.columns])}"
+            # The names are not listed: without the header that data.header promises, they are a record's values.
+            hint = f"did you mean {close[0]!r}?" if close else "is its first line a header? (else data.header = false)"
             what = "target column" if wanted == data.target else "column"
-            raise DataError(f"{path}: {what} {wanted!r} is absent; {hint}")
-    return frame
+            raise DataError(f"{where}: {what} {wanted!r} is absent; {hint}")
 
 
 def site_frames(frame: pd.DataFrame, client: str, *, where: str) -> dict[str, pd.DataFrame]:
@@ -132,7 +142,7 @@ def encode(frame: pd.DataFrame, data: Data, *, where: str) -> Records:
 
 
 def split(records: Records, data: Data, *, site: str) -> SiteData:
-    """Training and test rows by `data.test_fraction`, stratified by class where every class has more than two rows.
+    """Training and test rows by `data.test_fraction`, stratified where every class has more than two rows and fits.
 
     Raises `DataError` for a site that cannot train: too few rows, or one class only (`data.allow_one_class`).
     """
@@ -146,7 +156,13 @@ def split(records: Records, data: Data, *, site: str) -> SiteData:
             f"site {site}: all its rows are of one class, so it cannot learn to tell two apart; check "
             f"data.target ({data.target!r}), leave the site out, or set data.allow_one_class = true"
         )
-    stratify = records.target if data.stratify and counts[counts > 0].min() > 2 else None
+    testing = math.ceil(data.test_fraction * len(records))
+    if testing == len(records):
+        raise DataError(
+            f"site {site}: {len(records)} rows leave none to train on at data.test_fraction = {data.test_fraction:g}"
+        )
+    fits = min(testing, len(records) - testing) >= np.count_nonzero(counts)
+    stratify = records.target if data.stratify and fits and counts[counts > 0].min() > 2 else None
     train, test = train_test_split(
         np.arange(len(records)), test_size=data.test_fraction, random_state=data.split_seed, stratify=stratify
     )
@@ -156,20 +172,24 @@ def split(records: Records, data: Data, *, site: str) -> SiteData:
 
 def _standardised(parts: SiteData) -> SiteData:
     """By the mean and standard deviation of this site's own training rows. Never with record-level privacy."""
-    mean = parts.train.features.mean(axis=0)
-    spread = parts.train.features.std(axis=0)
+    # In float64, where the mean of equal float32 values is exact: a constant column has a spread of zero, not of its
+    # rounding errors.
+    mean = parts.train.features.mean(axis=0, dtype=np.float64)
+    spread = parts.train.features.std(axis=0, dtype=np.float64)
     spread[spread == 0] = 1.0
-    return SiteData(
-        Records((parts.train.features - mean) / spread, parts.train.target),
-        Records((parts.test.features - mean) / spread, parts.test.target),
-    )
+
+    def scaled(records: Records) -> Records:
+        return Records(((records.features - mean) / spread).astype(np.float32), records.target)
+
+    return SiteData(scaled(parts.train), scaled(parts.test))
 
 
 def _parsed(values: pd.Series, name: str, column: Column, where: str) -> pd.Series:
     if column.type == "number" or _numeric(column.values or []):
         parsed = pd.to_numeric(values, errors="coerce").astype(float)
         _refuse_rows(parsed.isna() & values.notna(), name, "not a number", where)
-        _refuse_rows(parsed.notna() & ~np.isfinite(parsed), name, "not finite", where)
+        largest = np.finfo(np.float64 if column.range is not None else np.float32).max
+        _refuse_rows(parsed.abs() > largest, name, "not finite", where)
     else:
         parsed = values.astype(object).where(values.isna(), values.astype(str))
     if column.type == "category":
@@ -220,7 +240,3 @@ def _refuse_rows(wrong: pd.Series, name: str, what: str, where: str) -> None:
 
 def _numeric(values: Sequence[str | int | float]) -> bool:
     return all(isinstance(value, int | float) for value in values)
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

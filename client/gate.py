@@ -95,7 +95,9 @@ class Gate:
 
     def _checked(self, contribution: Vector) -> Vector:
         assert contribution.shape == (self.layout.size,)
-        if not np.isfinite(np.sum(contribution, dtype=np.float64)):
+        with np.errstate(invalid="ignore"):  # Infinities of both signs add up to NaN.
+            finite = np.isfinite(np.sum(contribution, dtype=np.float64))
+        if not finite:
             raise TrainingDiverged(f"{self.site}: training diverged (the update is not finite), nothing was sent")
         return contribution
 

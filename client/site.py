@@ -73,8 +73,7 @@ class SitePlan:
             mechanism=GaussianSum(clip_norm=record.clip_norm, noise_multiplier=noise), sampling_rate=rate, steps=steps
         )
         event = sgd.event(dimension=parameters, rng=rng)
-        if record.epsilon is not None:
-            check_affordable(event, rounds=training.rounds, epsilon=record.epsilon, delta=record.delta, site=site)
+        check_affordable(event, rounds=training.rounds, epsilon=record.epsilon, delta=record.delta, site=site)
         return cls(rows, sgd, event)
 
 

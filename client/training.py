@@ -70,7 +70,7 @@ class Trainer:
     def train(self, records: DeviceRecords, *, seed: int) -> dict[str, float]:
         """Plain SGD in place; returns the sums over all examples seen of `loss` and of `examples`.
 
-        Batches are cut from fresh permutations of the rows, drawn from `seed`.
+        Batches are cut from fresh permutations of the rows, drawn from `seed`, and so is what layers draw (dropout).
         """
         rows = len(records)
         batch = max(1, round(self._training.rate_for(rows) * rows))
@@ -78,6 +78,7 @@ class Trainer:
         rate, decay = self._training.learning_rate, self._training.weight_decay
         loss_sum, examples = torch.zeros((), device=self.device), 0
         order, start = torch.randperm(rows, generator=generator).to(self.device), 0
+        self._seed_layers(seed)
         self._model.train()
         for _ in range(self._training.steps_for(rows)):
             if start >= rows:
@@ -93,6 +94,12 @@ class Trainer:
             loss_sum += losses.detach().sum()
             examples += len(chosen)
         return {"loss": float(loss_sum), "examples": float(examples)}
+
+    def _seed_layers(self, seed: int) -> None:
+        # Not torch.manual_seed: it seeds every device there may be, which takes longer than a small site's step.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def train_privately(self, records: DeviceRecords, sgd: RecordLevelSgd, source: NoiseSource) -> None:
         """DP-SGD in place. Returns nothing: a training loss would be one more release."""

@@ -19,6 +19,8 @@ def save_checkpoint(state: ServerState, path: Path, *, job: str) -> None:
     """Durable when this returns; a crash leaves the checkpoint before it or this one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"model": state.model, **{f"memory.{name}": array for name, array in state.memory.items()}}
+    # safetensors writes the memory that a view begins in, not the view.
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     partial = path.with_suffix(".partial")
     with open(partial, "wb") as file:
         file.write(save(arrays, {"v": VERSION, "job": job, "round": str(state.round_number)}))
@@ -39,5 +41,5 @@ def load_checkpoint(path: Path, *, job: str) -> ServerState:
         return ServerState(arrays["model"].astype(np.float32), int(metadata["round"]), memory)
     except FileNotFoundError:
         raise RunError(f"{path}: no checkpoint, the run stopped before its first round ended") from None
-    except (SafetensorError, KeyError, ValueError):
+    except (SafetensorError, KeyError, ValueError, OSError):
         raise RunError(f"{path}: not a checkpoint of fedchorus") from None

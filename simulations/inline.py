@@ -12,12 +12,14 @@ from server.collect import Failure
 from simulations.faults import DroppedOut, Handler
 from strategies.messages import Ask, MalformedMessage, Refusal, Reply
 
+OPEN_CLIENTS = 1024  # Kept open between rounds; the others are opened again, so memory does not follow the cohort.
+
 
 class InlineTransport:
     """A `server.collect.Transport` that calls the clients directly. Bugs in a client surface as what they are."""
 
     def __init__(self, open_client: Callable[[str], Handler]) -> None:
-        self._client = lru_cache(maxsize=None)(open_client)
+        self._client = lru_cache(maxsize=OPEN_CLIENTS)(open_client)
 
     def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
         for site in sites:

@@ -31,4 +31,4 @@ def scenario_path(name: str) -> Path:
 def job_path(name: str) -> Path:
     """A job file by path, or a scenario by name: what looks like a path is one."""
     path = Path(name)
-    return path if path.suffix == ".toml" or path.exists() or "/" in name else scenario_path(name)
+    return path if path.suffix == ".toml" or path.is_file() or "/" in name else scenario_path(name)

@@ -26,6 +26,8 @@ def resolve(name: str, known: Mapping[str, str], *, key: str) -> Any:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}, or package.module:Name"
         raise JobError(f"{key}: unknown name {name!r}{hint}")
+    if not module or module.startswith(".") or not attribute:
+        raise JobError(f"{key}: {target!r} is not package.module:Name")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

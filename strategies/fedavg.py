@@ -26,11 +26,13 @@ class FedAvg:
 
     def contribution(self, start: Vector, trained: Vector, *, rows: int, out: Vector) -> float:
         weight = float(rows) if self.weighting == "rows" else 1.0
-        np.subtract(trained, start, out=out)
-        np.multiply(out, np.float32(weight), out=out)
+        with np.errstate(over="ignore", invalid="ignore"):  # The gate refuses what is not finite.
+            np.subtract(trained, start, out=out)
+            np.multiply(out, np.float32(weight), out=out)
         return weight
 
     def step(self, state: ServerState, total: Total) -> ServerState:
-        average = total.update * (self.server_learning_rate / total.weight)
-        model = (state.model + average).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # The round loop refuses a model that is not finite.
+            average = total.update * (self.server_learning_rate / total.weight)
+            model = (state.model + average).astype(np.float32)
         return replace(state, model=model, round_number=state.round_number + 1)

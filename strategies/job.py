@@ -29,12 +29,21 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Bound = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
     """A table of the job file. Strict: no unknown keys, no silent conversions between types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _refuse_repeated(key: str, values: Sequence[str | int | float] | None) -> None:
+    texts = [str(value) for value in values or []]
+    for position, value in enumerate(values or []):
+        # Data are compared by number (1 is 1.0), or by text where one of the values is text (1 is "1").
+        if value in list(values or [])[:position] or str(value) in texts[:position]:
+            raise ValueError(f"`{key}`: {value!r} is listed twice")
 
 
 class Column(Section):
@@ -44,13 +53,14 @@ class Column(Section):
     """
 
     type: Literal["number", "category"] = "number"
-    range: tuple[float, float] | None = Field(default=None, strict=False)
+    range: tuple[Bound, Bound] | None = Field(default=None, strict=False)
     values: list[str | int | float] | None = None
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> Self:
-        if self.type == "category" and not self.values:
-            raise ValueError("a category needs its `values`")
+        if self.type == "category" and len(self.values or []) < 2:
+            raise ValueError("a category needs its `values`, two or more")
+        _refuse_repeated("values", self.values)
         if self.type == "category" and self.range is not None:
             raise ValueError("a category has `values`, not a `range`")
         if self.type == "number" and self.values is not None:
@@ -75,7 +85,7 @@ class Data(Section):
     files: dict[Name, str] | None = None
     client: str | None = None
     target: str
-    positive: list[str | int | float] | None = None
+    positive: list[str | int | float] | None = Field(default=None, min_length=1)
     classes: list[str | int | float] | None = Field(default=None, min_length=2)
     allow_one_class: bool = False
     header: bool = True
@@ -86,7 +96,7 @@ class Data(Section):
     scaling: Literal["range", "site"] = "range"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     stratify: bool = True
-    split_seed: int = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -95,6 +105,7 @@ class Data(Section):
             raise ValueError(f"give exactly one of bundled, path and files; got {' and '.join(sources) or 'none'}")
         if self.positive is not None and self.classes is not None:
             raise ValueError("give at most one of positive and classes")
+        _refuse_repeated("classes", self.classes)
         if not self.header and self.names is None:
             raise ValueError("header = false needs `names`, the columns in order")
         if self.header and self.names is not None:
@@ -227,6 +238,12 @@ class Faults(Section):
     dropout: Share = 0.0
     malformed: Share = 0.0
 
+    @model_validator(mode="after")
+    def _share_one_chance(self) -> Self:
+        if self.dropout + self.malformed > 1:
+            raise ValueError(f"dropout and malformed add up to {self.dropout + self.malformed:g}, more than 1")
+        return self
+
 
 class Simulation(Section):
     """What only a simulation may do. `noise = "seeded"` repeats exactly and protects nobody."""
@@ -285,6 +302,8 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(f"{path}: a folder, not a job file") from None
     except UnicodeDecodeError:
         raise JobError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror})") from None
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
@@ -302,20 +321,22 @@ def check_job(raw: Mapping[str, Any], *, where: str) -> Job:
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise JobError(f"{where}: {problems[0]}{more}") from None
+        raise JobError(_one_line(f"{where}: {problems[0]}{more}")) from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise JobError(f"--set {override}: expected key=value, for example training.rounds=5")
+    if not separator or not all(parts) or len(override.splitlines()) > 1:
+        raise JobError(_one_line(f"--set {override}: expected key=value, for example training.rounds=5"))
     try:
         value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
     table = raw
     for part in parts[:-1]:
+        if value == "none" and part not in table:
+            return
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise JobError(f"--set {override}: {part} is a value, not a table")
@@ -342,6 +363,11 @@ def _explain(problem: Any) -> str:
             shown = f"a table ({', '.join(got)})" if isinstance(got, dict) else repr(got)
             message = problem["msg"][0].lower() + problem["msg"][1:]
             return f"{key}: {message.removeprefix('input ')}, got {shown}{_nearest_value(problem)}"
+
+
+def _one_line(text: str) -> str:
+    """Keys come from the file, and TOML lets a quoted key hold a newline."""
+    return " ".join(text.splitlines())
 
 
 def _nearest(location: Sequence[str]) -> str:

@@ -90,7 +90,9 @@ def _check_vector(vector: object, size: int, what: str) -> None:
         found = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
         raise MalformedMessage(f"{what} must be float32 ({size},), got {found}")
     # One pass without a temporary: a sum is finite only if every value is (or overflows, which float64 cannot here).
-    if not np.isfinite(np.sum(vector, dtype=np.float64)):
+    with np.errstate(invalid="ignore"):  # Infinities of both signs add up to NaN: no need to warn as well.
+        finite = np.isfinite(np.sum(vector, dtype=np.float64))
+    if not finite:
         raise MalformedMessage(f"{what} is not finite")
 
 
@@ -129,9 +131,9 @@ def parse_answer(text: str, vector: Vector) -> Reply | Refusal:
 def _parse(text: str, kinds: dict[str, set[str]]) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # Deep nesting is a sender's cheapest way to raise the second.
         raise MalformedMessage("the header is not JSON") from None
-    if not isinstance(fields, dict) or fields.get("v") != VERSION:
+    if not isinstance(fields, dict) or type(fields.get("v")) is not int or fields["v"] != VERSION:
         raise MalformedMessage(f"the header is not of version {VERSION}")
     kind = fields.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
@@ -147,6 +149,6 @@ def _head(value: Any) -> Head | None:
     if value is None:
         return None
     match value:
-        case [int(seq), str(digest)] if seq >= 0:
+        case [int(seq), str(digest)] if type(seq) is int and seq >= 0:
             return Head(seq, digest)
     raise MalformedMessage("the header's ledger head is malformed")

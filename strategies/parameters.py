@@ -41,21 +41,23 @@ class Parameters:
 
     def save(self, vector: Vector, path: Path, metadata: Mapping[str, str]) -> None:
         """Write named arrays as safetensors; the order stands in the file's metadata."""
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.split(vector).items()}
-        path.write_bytes(save(arrays, {**metadata, "order": json.dumps(list(self.shapes))}))
+        arrays = self.split(np.ascontiguousarray(vector))
+        record = {**metadata, "order": list(self.shapes)}
+        # One key: the library writes several in an arbitrary order, and equal models should be equal files.
+        path.write_bytes(save(arrays, {"fedchorus": json.dumps(record, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> tuple[Parameters, Vector]:
         """Read what `save` wrote. Raises `RunError` when the file is missing or something else."""
         try:
             with safe_open(path, framework="numpy") as file:
-                order = json.loads((file.metadata() or {})["order"])
+                order = json.loads((file.metadata() or {})["fedchorus"])["order"]
                 arrays = {name: file.get_tensor(name) for name in order}
+            vector = np.concatenate([array.astype(np.float32).ravel() for array in arrays.values()])
         except FileNotFoundError:
             raise RunError(f"{path}: no such model file") from None
-        except (SafetensorError, KeyError, ValueError, TypeError):
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError):
             raise RunError(f"{path}: not a model file of fedchorus (safetensors with an order)") from None
-        vector = np.concatenate([array.astype(np.float32).ravel() for array in arrays.values()])
         return cls({name: tuple(array.shape) for name, array in arrays.items()}), vector
 
 

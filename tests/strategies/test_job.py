@@ -1,0 +1,562 @@
+"""A job is checked whole before anything happens, and every mistake is one line that says how to mend it."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from privacy.errors import JobError
+from strategies.job import Job, Training, check_job, known_keys, load_job
+from tests.strategies.jobs import make_job, raw_job
+
+JOB = """
+name = "two-clinics"
+
+[data]
+path = "records.csv"
+client = "hospital"
+target = "ill"
+
+[data.columns]
+age = { range = [0, 120] }
+blood = { type = "category", values = ["A", "B", "O"] }
+
+[training]
+rounds = 5
+learning_rate = 0.5
+local_steps = 3
+batch_size = 16
+"""
+
+PRIVATE = "privacy.record={delta=1e-5, noise_multiplier=1}"
+MIX = ["data.client=none", "simulation.partition.mix={north={rows=10, positive=0.5}}"]
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(JOB)
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    """The one line that `load_job` answers; fails when it accepts the job or says more than a line."""
+    with pytest.raises(JobError) as caught:
+        load_job(path, overrides)
+    message = str(caught.value)
+    assert message.splitlines() == [message]
+    assert "http" not in message
+    assert "pydantic" not in message
+    return message
+
+
+MISTAKES: list[tuple[list[str], list[str]]] = [
+    # Unknown keys, at every level and in the wrong section: the nearest known one is named in full.
+    (["sede=3"], ["unknown key sede", "did you mean seed?"]),
+    (["learning_rate=0.1"], ["unknown key learning_rate", "did you mean training.learning_rate?"]),
+    (["rounds=3"], ["unknown key rounds", "did you mean training.rounds?"]),
+    (["privacy.epsilon=1"], ["unknown key privacy.epsilon", "did you mean privacy.record.epsilon?"]),
+    (["simulation.alpha=1"], ["unknown key simulation.alpha", "did you mean simulation.partition.alpha?"]),
+    (["training.learning_rat=0.1"], ["unknown key training.learning_rat", "did you mean training.learning_rate?"]),
+    (["data.columns.age.rnage=[0, 1]"], ["unknown key data.columns.age.rnage", "mean data.columns.age.range?"]),
+    ([PRIVATE, "privacy.record.clipnorm=1"], ["privacy.record.clipnorm", "did you mean privacy.record.clip_norm?"]),
+    (
+        [*MIX, "simulation.partition.mix.north.row=9"],
+        ["mix.north.row;", "did you mean simulation.partition.mix.north.rows?"],
+    ),
+    (["cohort.zzz=1"], ["unknown key cohort.zzz", "known here: size, minimum"]),
+    # Wrong types: nothing is converted silently.
+    (["training.rounds=5.0"], ["training.rounds: should be a valid integer", "got 5.0"]),
+    (["training.rounds=true"], ["training.rounds: should be a valid integer", "got True"]),
+    (["training.rounds='5'"], ["training.rounds: should be a valid integer", "got '5'"]),
+    (["training.rounds='5\\n6'"], ["training.rounds", "got '5"]),
+    (["training=3"], ["training: should be a valid dictionary", "got 3"]),
+    (["data.columns=[1, 2]"], ["data.columns: should be a valid dictionary", "got [1, 2]"]),
+    (["data.columns.age=3"], ["data.columns.age: should be a valid dictionary", "got 3"]),
+    (["data.missing='?'"], ["data.missing: should be a valid list", "got '?'"]),
+    (["data.columns.age.range=['0', '1']"], ["data.columns.age.range.0: should be a valid number", "got '0'"]),
+    (["data.columns.age.range=[0]"], ["data.columns.age.range"]),
+    (["data.columns.age.range=[0, 1, 2]"], ["data.columns.age.range", "at most 2", "got [0, 1, 2]"]),
+    # Values out of their range.
+    (["training.rounds=0"], ["training.rounds: should be greater than 0", "got 0"]),
+    (["training.learning_rate=nan"], ["training.learning_rate: should be a finite number", "got nan"]),
+    (["training.learning_rate=0"], ["training.learning_rate: should be greater than 0", "got 0"]),
+    (["training.weight_decay=-1e-9"], ["training.weight_decay: should be greater than or equal to 0", "got -1e-09"]),
+    (["training.batch_size=none", "training.sampling_rate=1.5"], ["training.sampling_rate", "equal to 1", "got 1.5"]),
+    ([PRIVATE, "privacy.record.epsilon=0"], ["privacy.record.epsilon: should be greater than 0", "got 0"]),
+    ([PRIVATE, "privacy.record.epsilon=-1"], ["privacy.record.epsilon: should be greater than 0", "got -1"]),
+    ([PRIVATE, "privacy.record.epsilon=nan"], ["privacy.record.epsilon: should be a finite number", "got nan"]),
+    ([PRIVATE, "privacy.record.epsilon=inf"], ["privacy.record.epsilon: should be a finite number", "got inf"]),
+    ([PRIVATE, "privacy.record.delta=0"], ["privacy.record.delta: should be greater than 0", "got 0"]),
+    ([PRIVATE, "privacy.record.delta=1"], ["privacy.record.delta: should be less than 1", "got 1"]),
+    ([PRIVATE, "privacy.record.delta=nan"], ["privacy.record.delta", "got nan"]),
+    ([PRIVATE, "privacy.record.clip_norm=0"], ["privacy.record.clip_norm: should be greater than 0", "got 0"]),
+    ([PRIVATE, "privacy.record.noise_multiplier=0.06"], ["privacy.record.noise_multiplier", "0.0625", "got 0.06"]),
+    (["privacy.record={delta=1e-5}"], ["privacy.record: give epsilon (a target), noise_multiplier, or both"]),
+    (["privacy.record={epsilon=1}"], ["privacy.record.delta is missing"]),
+    (["data.test_fraction=1"], ["data.test_fraction: should be less than 1", "got 1"]),
+    (["data.split_seed=-1"], ["data.split_seed: should be greater than or equal to 0", "got -1"]),
+    (["data.split_seed=4294967296"], ["data.split_seed: should be less than 4294967296", "got 4294967296"]),
+    (["seed=9223372036854775808"], ["seed: should be less than 9223372036854775808", "got 9223372036854775808"]),
+    (["task.hidden=[8, 0]"], ["task.hidden.1: should be greater than 0", "got 0"]),
+    (["simulation.faults={dropout=0.6, malformed=0.5}"], ["simulation.faults", "dropout", "malformed", "1.1"]),
+    # Names: a typing error is answered with the nearest choice.
+    (["strategy.weighting=row"], ["strategy.weighting: should be 'rows' or 'equal'", "got 'row'", "mean 'rows'?"]),
+    (
+        ["task.model=logistic-regresion"],
+        ["task.model", "got 'logistic-regresion'", "did you mean 'logistic-regression'?"],
+    ),
+    (["training.device=gpu"], ["training.device: should be 'auto', 'cpu', 'cuda' or 'mps'", "got 'gpu'"]),
+    (["name=two/clinics"], ["name: 'two/clinics' is not a name (letters, digits, dot, dash, underscore; at most 64)"]),
+    (["name=" + "a" * 65], ["name: 'aaa", "at most 64"]),
+    (["data.path=none", "data.client=none", "data.files={'a/b'='a.csv'}"], ["data.files.a/b", "is not a name"]),
+    ([*MIX, "simulation.partition.mix.-x={rows=1, positive=0}"], ["simulation.partition.mix.-x", "is not a name"]),
+    # Columns.
+    (
+        ["data.columns.age.range=[120, 0]"],
+        ["data.columns.age: range must be [low, high] with low < high", "[120.0, 0.0]"],
+    ),
+    (["data.columns.age.range=[1, 1]"], ["data.columns.age: range must be [low, high] with low < high"]),
+    (["data.columns.age.range=[0, inf]"], ["data.columns.age.range.1: should be a finite number", "got inf"]),
+    (["data.columns.age.range=[-inf, 0]"], ["data.columns.age.range.0: should be a finite number", "got -inf"]),
+    (["data.columns.age.range=[nan, 1]"], ["data.columns.age.range.0: should be a finite number", "got nan"]),
+    (
+        ["data.columns.age.range=[0, 1.7e308]"],
+        ["data.columns.age.range.1: should be less than or equal to 1", "1.7e+308"],
+    ),
+    (["data.columns.age.range=none"], ["columns.age needs a `range`", 'data.scaling = "site"']),
+    (["data.columns.age.values=[1, 2]"], ["data.columns.age: a number has a `range`, not `values`"]),
+    (["data.columns.blood.values=none"], ["data.columns.blood: a category needs its `values`"]),
+    (["data.columns.blood.values=[]"], ["data.columns.blood: a category needs its `values`"]),
+    (["data.columns.blood.values=['A']"], ["data.columns.blood: a category needs its `values`, two or more"]),
+    (["data.columns.blood.values=['A', 'B', 'A']"], ["data.columns.blood: `values`", "'A' is listed twice"]),
+    (["data.columns.blood.range=[0, 1]"], ["data.columns.blood: a category has `values`, not a `range`"]),
+    (["data.columns.blood.type=categry"], ["data.columns.blood.type", "got 'categry'", "did you mean 'category'?"]),
+    (["data.columns={}"], ["data.columns", "at least 1"]),
+    # What does not go together.
+    (["training.local_epochs=1"], ["training: give exactly one of local_steps and local_epochs"]),
+    (["training.local_steps=none"], ["training: give exactly one of local_steps and local_epochs"]),
+    (["training.sampling_rate=0.5"], ["training: give exactly one of batch_size and sampling_rate"]),
+    (["training.batch_size=none"], ["training: give exactly one of batch_size and sampling_rate"]),
+    (["data.target=age"], ["data: the target 'age' is also listed in `columns`"]),
+    (["data.client=age"], ["data: the client key 'age' is also listed in `columns`"]),
+    (["data.files={a='a.csv'}"], ["data: give exactly one of bundled, path and files; got path and files"]),
+    (["data.path=none"], ["data: give exactly one of bundled, path and files; got none"]),
+    (["data.path=none", "data.files={a='a.csv'}"], ["data: `client` names a column of `path`"]),
+    (["data.client=none"], ["data.path needs data.client", "[simulation.partition]"]),
+    (["data.positive=[1]", "data.classes=[0, 1]"], ["data: give at most one of positive and classes"]),
+    (["data.positive=[]"], ["data.positive", "at least 1", "got []"]),
+    (["data.classes=[1]"], ["data.classes", "at least 2", "got [1]"]),
+    (["data.classes=[0, 1, 1]"], ["data: `classes`: 1 is listed twice"]),
+    (["data.header=false"], ["data: header = false needs `names`"]),
+    (["data.names=['age', 'blood', 'ill', 'hospital']"], ["data: `names`", "set header = false"]),
+    (["data.scaling=site", PRIVATE], ['data.scaling = "site"', "give every number a `range`"]),
+    (["simulation.partition.clients=3"], ["simulation.partition splits one table"]),
+    ([*MIX, "simulation.partition.clients=3"], ["simulation.partition: give exactly one of mix and clients"]),
+    (["simulation.partition={}"], ["simulation.partition: give exactly one of mix and clients"]),
+    (
+        ["data.path=none", "data.client=none", "data.bundled=breast-cancer"],
+        ["data.bundled needs a [simulation.partition]"],
+    ),
+    (["cohort={size=2, minimum=3}"], ["cohort.minimum (3) is larger than cohort.size (2)"]),
+    (["name=none"], ["name is missing"]),
+    (["data=none"], ["data is missing"]),
+    (["name=none", "training.rounds=0"], ["name is missing", "(and 1 more)"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "said"), MISTAKES, ids=lambda value: "; ".join(value))
+def test_a_mistake_is_one_line_that_names_the_key_what_was_expected_and_what_came(
+    job_file: Path, overrides: list[str], said: list[str]
+) -> None:
+    message = mistake(job_file, *overrides)
+    assert message.startswith(f"{job_file}: ")
+    assert [part for part in said if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.rounds", "expected key=value"),
+        ("", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("training..rounds=3", "expected key=value"),
+        (".rounds=3", "expected key=value"),
+        ("training.rounds.first=3", "rounds is a value, not a table"),
+        ("name.first.second=3", "name is a value, not a table"),
+        ("training.rounds=1\nseed=2", "expected key=value"),
+        ("training.rounds\nseed", "expected key=value"),
+    ],
+)
+def test_an_override_that_is_not_key_and_value_is_refused_as_it_was_typed(
+    job_file: Path, override: str, said: str
+) -> None:
+    message = mistake(job_file, override)
+    assert message.startswith("--set ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name = [", "not valid TOML"),
+        (b"name = 'a'\nname = 'b'\n", "not valid TOML: Cannot overwrite a value (at line 2"),
+        (b"name\n= 3", "not valid TOML"),
+        (b"\x00\x01", "not valid TOML"),
+        ("name = 'clinique-é'".encode("latin-1"), "not a text file in UTF-8"),
+        (b"", "name is missing (and 2 more)"),
+        (b'"na\\nme" = 1\n' + JOB.encode(), "unknown key na"),
+        (JOB.replace("age", '"a\\nge"').replace("[0, 120]", "[1, 0]").encode(), "range must be [low, high]"),
+    ],
+)
+def test_a_file_that_is_not_a_job_is_refused_in_one_line(job_file: Path, content: bytes, said: str) -> None:
+    job_file.write_bytes(content)
+    message = mistake(job_file)
+    assert message.startswith(f"{job_file}: ")
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent.toml", "no such job file"),
+        ("", "a folder, not a job file"),
+        ("job.toml/inside.toml", "cannot be read"),
+        ("a" * 300 + ".toml", "cannot be read"),
+    ],
+)
+def test_a_path_that_is_not_a_file_is_refused_in_one_line(job_file: Path, name: str, said: str) -> None:
+    path = job_file.parent / name
+    message = mistake(path)
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+EVERY_SECTION: dict[str, Any] = raw_job(
+    data={"client": None},
+    task={},
+    strategy={},
+    cohort={},
+    privacy={"record": {"delta": 1e-5, "epsilon": 1.0}},
+    simulation={"partition": {"mix": {"north": {"rows": 9, "positive": 0.5}}}, "faults": {}},
+)
+
+
+@pytest.mark.parametrize(("table", "key"), sorted(set(known_keys())), ids=lambda value: str(value))
+def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...], key: str) -> None:
+    chosen = {"columns": "x", "mix": "north"}
+    parent = [chosen[table[i - 1]] if name == "*" else name for i, name in enumerate(table)]
+    raw = check_job(EVERY_SECTION, where="a test").model_dump(mode="json", exclude_none=True)
+    inner = raw
+    for name in parent:
+        inner = inner[name]
+    inner[f"{key}z"] = 1
+    with pytest.raises(JobError) as caught:
+        check_job(raw, where="a test")
+    full = ".".join([*parent, key])
+    assert str(caught.value) == f"a test: unknown key {full}z; did you mean {full}?"
+
+
+KEYS = sorted({".".join([*table, key]).replace("*", "age") for table, key in known_keys()})
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
+)
+
+
+def without_none(value: Any) -> Any:
+    """TOML has no null."""
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_none(item) for item in value if item is not None]
+    return value
+
+
+@settings(max_examples=150, deadline=None)
+@given(changes=st.lists(st.tuples(st.sampled_from(KEYS) | st.text(max_size=8), VALUES), min_size=1, max_size=2))
+def test_whatever_a_job_says_it_is_accepted_whole_or_refused_in_one_line(changes: list[tuple[str, Any]]) -> None:
+    raw: dict[str, Any] = raw_job()
+    for key, value in changes:
+        table, names = raw, key.split(".")
+        for name in names[:-1]:
+            below = table.setdefault(name, {})
+            if not isinstance(below, dict):
+                break
+            table = below
+        table[names[-1]] = without_none(value)
+    try:
+        job = check_job(raw, where="a test")
+    except JobError as error:
+        message = str(error)
+        assert message.splitlines() == [message]
+        assert "http" not in message
+    else:
+        assert re.fullmatch("[0-9a-f]{64}", job.hash)
+
+
+class TestPrecedence:
+    def test_defaults_then_the_file_then_each_override_in_turn(self, job_file: Path) -> None:
+        assert Training(rounds=1, learning_rate=1, local_steps=1, batch_size=1).weight_decay == 0
+        job_file.write_text(JOB + "weight_decay = 0.1\n")
+        assert load_job(job_file).training.weight_decay == 0.1
+        assert load_job(job_file, ["training.weight_decay=0.2"]).training.weight_decay == 0.2
+        overrides = ["training.weight_decay=0.2", "training.weight_decay=0.3"]
+        assert load_job(job_file, overrides).training.weight_decay == 0.3
+
+    def test_none_gives_a_key_its_default_back(self, job_file: Path) -> None:
+        job_file.write_text(JOB + "weight_decay = 0.1\n")
+        assert load_job(job_file, ["training.weight_decay=none"]).training.weight_decay == 0
+        job = load_job(job_file, ["training.batch_size=none", "training.sampling_rate=0.5"])
+        assert (job.training.batch_size, job.training.sampling_rate) == (None, 0.5)
+
+    @pytest.mark.parametrize(
+        "key", ["privacy.record.noise_multiplier", "simulation.partition.alpha", "privacy.record", "seed"]
+    )
+    def test_none_for_an_absent_key_changes_nothing(self, job_file: Path, key: str) -> None:
+        assert load_job(job_file, [f"{key}=none"]) == load_job(job_file)
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [
+            ("name=plain-text", "plain-text"),
+            ("name='quoted'", "quoted"),
+            ('name="quoted"', "quoted"),
+            ("name =  spaced ", "spaced"),
+            ("name=a # a comment of TOML", None),
+        ],
+    )
+    def test_a_value_is_toml_or_else_text(self, job_file: Path, override: str, value: str | None) -> None:
+        if value is None:
+            assert "is not a name" in mistake(job_file, override)
+        else:
+            assert load_job(job_file, [override]).name == value
+
+    def test_an_override_says_what_the_same_line_in_the_file_says(self, tmp_path: Path, job_file: Path) -> None:
+        edited = tmp_path / "edited.toml"
+        edited.write_text(JOB.replace("rounds = 5", "rounds = 7").replace("[0, 120]", "[0.5, 99]"))
+        overrides = ["training.rounds=7", "data.columns.age.range=[0.5, 99]"]
+        assert load_job(job_file, overrides).hash == load_job(edited).hash
+
+    def test_a_relative_data_folder_starts_at_the_job_file(self, tmp_path: Path, job_file: Path) -> None:
+        assert load_job(job_file).data.folder == str(tmp_path.resolve())
+        assert load_job(job_file, ["data.folder=../there"]).data.folder == str((tmp_path / "../there").resolve())
+        assert load_job(job_file, ["data.folder=/elsewhere"]).data.folder == "/elsewhere"
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
+FLOATS = st.floats(-1e300, 1e300, allow_nan=False)
+LABELS = st.one_of(
+    st.lists(st.text(max_size=5), min_size=2, max_size=4, unique=True),
+    st.lists(st.integers(-9, 9), min_size=2, max_size=4, unique=True),
+)
+NUMBER = st.lists(FLOATS, min_size=2, max_size=2, unique=True).map(lambda ends: {"range": sorted(ends)})
+CATEGORY = LABELS.map(lambda values: {"type": "category", "values": values})
+
+
+@st.composite
+def raw_jobs(draw: st.DrawFn) -> dict[str, Any]:
+    """Valid jobs of many kinds, as a file would say them."""
+    target = draw(st.text(min_size=1, max_size=8))
+    columns = draw(
+        st.dictionaries(st.text(max_size=8).filter(lambda name: name != target), NUMBER | CATEGORY, min_size=1)
+    )
+    source: dict[str, Any] = draw(
+        st.sampled_from([{"path": "a b.csv"}, {"bundled": "breast-cancer"}])
+        | st.dictionaries(NAMES, st.text(max_size=8), min_size=1, max_size=3).map(lambda files: {"files": files})
+    )
+    raw: dict[str, Any] = {
+        "name": draw(NAMES),
+        "seed": draw(st.integers(0, 2**63 - 1)),
+        "data": {**source, "target": target, "columns": columns, "missing": draw(st.lists(st.text(max_size=4)))},
+        "training": {
+            "rounds": draw(st.integers(1, 10**12)),
+            "learning_rate": draw(st.floats(1e-300, 1e300)),
+            **draw(st.sampled_from([{"local_steps": 3}, {"local_epochs": 2}])),
+            **draw(st.sampled_from([{"batch_size": 8}, {"sampling_rate": 0.1}])),
+        },
+    }
+    if "files" not in source:
+        site = st.fixed_dictionaries({"rows": st.integers(1, 10**6), "positive": st.floats(0, 1)})
+        raw["simulation"] = {"partition": {"mix": draw(st.dictionaries(NAMES, site, min_size=1, max_size=3))}}
+    if draw(st.booleans()):
+        raw["privacy"] = {"record": {"epsilon": draw(st.floats(1e-9, 1e9)), "delta": draw(st.floats(1e-300, 0.5))}}
+    return raw
+
+
+class TestHash:
+    @settings(max_examples=50, deadline=None)
+    @given(raw=raw_jobs())
+    def test_the_resolved_job_reads_back_as_itself_from_any_folder(self, raw: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            first, second = Path(folder, "job.toml"), Path(folder, "run", "job.toml")
+            first.write_bytes(tomli_w.dumps(raw).encode())
+            job = load_job(first)
+            second.parent.mkdir()
+            second.write_bytes(job.toml)
+            again = load_job(second)
+        assert again == job
+        assert again.toml == job.toml
+        assert again.hash == job.hash
+
+    def test_is_the_sha256_of_the_resolved_job_and_never_changes(self) -> None:
+        # Pinned from the first release: it names the job in every message and ledger entry.
+        job = make_job()
+        assert job.toml.startswith(b'name = "smallest"\nseed = 0\n\n[data]\nfolder = "."\npath = "records.csv"\n')
+        assert job.hash == "5c226c0bdb83dd54adb398f9443db23b7fb24f73c5367b6f9fa2cd744747d8c7"
+
+    def test_does_not_depend_on_comments_or_on_the_order_of_the_tables(self, tmp_path: Path, job_file: Path) -> None:
+        head, data, columns, training = re.split(r"\n(?=\[)", JOB)
+        other = tmp_path / "other.toml"
+        other.write_text("\n".join(["# Said in another order.", head, training, columns, data]))
+        assert load_job(other).hash == load_job(job_file).hash
+
+    def test_depends_on_the_order_of_the_columns_because_the_model_does(self, tmp_path: Path, job_file: Path) -> None:
+        lines = JOB.splitlines()
+        at = next(number for number, line in enumerate(lines) if line.startswith("age"))
+        lines[at], lines[at + 1] = lines[at + 1], lines[at]
+        other = tmp_path / "other.toml"
+        other.write_text("\n".join(lines))
+        assert load_job(other).hash != load_job(job_file).hash
+
+    def test_changes_with_every_value(self, job_file: Path) -> None:
+        hashes = {load_job(job_file, overrides).hash for overrides in VARIANTS}
+        assert len(hashes) == len(VARIANTS)
+
+    def test_every_key_has_a_variant_here(self) -> None:
+        changed = {re.sub(r"(columns|mix)\.\w+", r"\1.*", o.partition("=")[0]) for variant in VARIANTS for o in variant}
+        leaves = {".".join([*table, key]) for table, key in known_keys()}
+        tables = {leaf for leaf in leaves if any(other.startswith(f"{leaf}.") for other in leaves)}
+        assert leaves - tables - changed == set()
+
+
+BUNDLED = ["data.path=none", "data.client=none", "data.bundled=breast-cancer"]
+FILES = ["data.path=none", "data.client=none"]
+VARIANTS: list[list[str]] = [
+    [],
+    ["name=other"],
+    ["seed=1"],
+    ["data.folder=elsewhere"],
+    ["data.path=other.csv"],
+    ["data.client=ward"],
+    ["data.target=dead"],
+    ["data.positive=[1]"],
+    ["data.positive=['1']"],
+    ["data.classes=[0, 1]"],
+    ["data.classes=[1, 0]"],
+    ["data.allow_one_class=true"],
+    ["data.header=false", "data.names=['age', 'blood', 'ill', 'hospital']"],
+    ["data.header=false", "data.names=['blood', 'age', 'ill', 'hospital']"],
+    ["data.missing=[]"],
+    ["data.on_missing=drop"],
+    ["data.columns.age.range=[0, 121]"],
+    ["data.columns.age.range=[0, 120.00000000000001]"],
+    ["data.columns.blood.values=['A', 'O', 'B']"],
+    ["data.columns.extra={type='category', values=['0', '1']}"],
+    ["data.columns.extra={type='category', values=[0, 1]}"],
+    ["data.columns.extra={range=[0, 1]}", "data.columns.extra.type=number"],
+    ["data.scaling=site"],
+    ["data.test_fraction=0.2"],
+    ["data.stratify=false"],
+    ["data.split_seed=1"],
+    [*BUNDLED, "simulation.partition={clients=2}"],
+    [*BUNDLED, "simulation.partition.clients=3"],
+    [*BUNDLED, "simulation.partition={clients=2, alpha=2}"],
+    [*BUNDLED, "simulation.partition={clients=2, alpha=1}", "simulation.partition.alpha=3"],
+    [*BUNDLED, "simulation.partition={clients=2}", "simulation.partition.least_rows=9"],
+    [*BUNDLED, "simulation.partition.mix={a={rows=1, positive=0}}"],
+    [*BUNDLED, "simulation.partition.mix={a={rows=1, positive=0}}", "simulation.partition.mix.a.rows=2"],
+    [*BUNDLED, "simulation.partition.mix={a={rows=1, positive=0}}", "simulation.partition.mix.a.positive=1"],
+    [*FILES, "data.files={a='a.csv'}"],
+    [*FILES, "data.files={b='a.csv'}"],
+    ["task.name=mine.tasks:Mine"],
+    ["task.model=mlp"],
+    ["task.hidden=[32]"],
+    ["strategy.name=mine.strategies:Mine"],
+    ["strategy.weighting=equal"],
+    ["strategy.server_learning_rate=0.5"],
+    ["training.rounds=6"],
+    ["training.learning_rate=0.25"],
+    ["training.local_steps=4"],
+    ["training.local_steps=none", "training.local_epochs=3"],
+    ["training.batch_size=17"],
+    ["training.batch_size=none", "training.sampling_rate=0.5"],
+    ["training.weight_decay=1e-9"],
+    ["training.device=cpu"],
+    ["cohort.size=3"],
+    ["cohort.minimum=2"],
+    [PRIVATE],
+    [PRIVATE, "privacy.record.epsilon=1"],
+    [PRIVATE, "privacy.record.delta=1e-6"],
+    [PRIVATE, "privacy.record.noise_multiplier=1.5"],
+    [PRIVATE, "privacy.record.clip_norm=2"],
+    ["simulation.engine=flower"],
+    ["simulation.noise=seeded"],
+    ["simulation.baselines=false"],
+    ["simulation.faults.dropout=0.1"],
+    ["simulation.faults.malformed=0.1"],
+]
+
+
+def sections_of(section: BaseModel) -> Iterator[BaseModel]:
+    yield section
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        inner = list(value.values()) if isinstance(value, dict) else [value]
+        for below in inner:
+            if isinstance(below, BaseModel):
+                yield from sections_of(below)
+
+
+def test_no_key_of_a_job_can_be_assigned_or_removed() -> None:
+    job = check_job(EVERY_SECTION, where="a test")
+    before, seen = job.hash, 0
+    for section in sections_of(job):
+        for name in type(section).model_fields:
+            seen += 1
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(section, name, getattr(section, name))
+            with pytest.raises(ValidationError, match="frozen"):
+                delattr(section, name)
+    assert seen == len(list(known_keys()))
+    assert job.hash == before
+    assert Job.model_validate(EVERY_SECTION).hash == before
+
+
+class TestTraining:
+    @given(rows=st.integers(1, 10**6), size=st.integers(1, 10**6))
+    def test_a_batch_is_never_more_than_all_rows(self, rows: int, size: int) -> None:
+        training = make_job(training={"batch_size": size}).training
+        assert 0 < training.rate_for(rows) <= 1
+        assert training.rate_for(rows) * rows == pytest.approx(min(size, rows))
+
+    @pytest.mark.parametrize(
+        ("lengths", "rows", "steps"),
+        [
+            ({"local_steps": 7}, 3, 7),
+            ({"local_steps": None, "local_epochs": 1, "batch_size": 4}, 12, 3),
+            ({"local_steps": None, "local_epochs": 5, "batch_size": 4}, 12, 15),
+            ({"local_steps": None, "local_epochs": 2, "batch_size": 4}, 3, 2),
+            ({"local_steps": None, "local_epochs": 1, "batch_size": None, "sampling_rate": 0.01}, 3, 100),
+            ({"local_steps": None, "local_epochs": 1, "batch_size": None, "sampling_rate": 1.0}, 3, 1),
+        ],
+    )
+    def test_an_epoch_is_as_many_steps_as_see_each_row_once_on_average(
+        self, lengths: dict[str, Any], rows: int, steps: int
+    ) -> None:
+        assert make_job(training=lengths).training.steps_for(rows) == steps
+
+
+def test_a_job_file_that_may_not_be_read_is_refused_in_one_line(job_file: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("the superuser may read everything")
+    job_file.chmod(0)
+    assert "cannot be read" in mistake(job_file)

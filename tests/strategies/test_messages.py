@@ -1,0 +1,290 @@
+"""Messages survive the wire; nothing malformed passes the trust boundary, and no value gets into an error."""
+
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from privacy.ledger import Head
+from strategies.messages import (
+    Ask,
+    MalformedMessage,
+    Refusal,
+    Reply,
+    ask_for,
+    check_ask,
+    check_reply,
+    header,
+    parse_answer,
+    parse_ask,
+)
+from strategies.parameters import Vector, vector_hash
+from strategies.total import Layout
+
+JOB = "ab" * 32
+LAYOUT = Layout(3, ("loss",))
+SECRET = 4815.1623  # Stands for a record's trace in a vector.
+
+MODEL: Vector = np.array([0.5, -2.0, SECRET], np.float32)
+CONTRIBUTION: Vector = np.array([1.0, SECRET, 3.0, 20.0, 0.25], np.float32)
+ASK = ask_for(JOB, 7, MODEL, "cd" * 32)
+REPLY = Reply("north", JOB, 7, CONTRIBUTION, Head(4, "ef" * 32))
+REFUSAL = Refusal("north", JOB, 7)
+
+rounds = st.integers(-(10**30), 10**30)
+heads = st.none() | st.builds(Head, st.integers(0, 10**30), st.text())
+asks = st.builds(Ask, st.text(), rounds, st.just(MODEL), st.text(), st.none() | st.text())
+replies = st.builds(Reply, st.text(), st.text(), rounds, st.just(CONTRIBUTION), heads)
+refusals = st.builds(Refusal, st.text(), st.text(), rounds)
+
+
+def content(message: Ask | Reply | Refusal) -> dict[str, Any]:
+    """A message's fields, its vector by identity: arrays do not compare as one truth value."""
+    return {f.name: id(v) if isinstance(v := getattr(message, f.name), np.ndarray) else v for f in fields(message)}
+
+
+class TestHeader:
+    @given(ask=asks)
+    def test_a_request_survives_the_wire(self, ask: Ask) -> None:
+        assert content(parse_ask(header(ask), MODEL)) == content(ask)
+
+    @given(answer=replies | refusals)
+    def test_an_answer_survives_the_wire(self, answer: Reply | Refusal) -> None:
+        parsed = parse_answer(header(answer), CONTRIBUTION)
+        assert type(parsed) is type(answer)
+        assert content(parsed) == content(answer)
+
+    def test_never_changes(self) -> None:
+        # Pinned from the first release: sites of different versions must understand each other or say that they do not.
+        assert json.loads(header(ASK)) == {
+            "v": 1,
+            "kind": "ask",
+            "job": JOB,
+            "round": 7,
+            "model_hash": vector_hash(MODEL),
+            "witness": "cd" * 32,
+        }
+        assert json.loads(header(REPLY)) == {
+            "v": 1,
+            "kind": "reply",
+            "job": JOB,
+            "round": 7,
+            "site": "north",
+            "head": [4, "ef" * 32],
+        }
+
+    def test_a_refusal_has_one_shape_and_room_for_no_reason(self) -> None:
+        assert [field.name for field in fields(Refusal)] == ["site", "job", "round_number"]
+        assert json.loads(header(REFUSAL)) == {"v": 1, "kind": "refusal", "job": JOB, "round": 7, "site": "north"}
+
+    @given(reply=replies)
+    def test_no_header_carries_a_vector(self, reply: Reply) -> None:
+        assert set(json.loads(header(reply))) == {"v", "kind", "job", "round", "site", "head"}
+
+
+GOOD = {"ask": json.loads(header(ASK)), "reply": json.loads(header(REPLY)), "refusal": json.loads(header(REFUSAL))}
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "ask": lambda text: parse_ask(text, MODEL),
+    "reply": lambda text: parse_answer(text, CONTRIBUTION),
+    "refusal": lambda text: parse_answer(text, CONTRIBUTION),
+}
+ABSENT = object()
+
+
+class TestMalformedHeaders:
+    @pytest.mark.parametrize("kind", PARSERS)
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "null", "3", "[]", '"v"', "{}", "\ud800", "NaN", "[" * 100_000, '{"v":' * 100_000, "1" * 5000],
+        ids=lambda text: text[:12],
+    )
+    def test_text_that_is_no_header_is_refused(self, kind: str, text: str) -> None:
+        with pytest.raises(MalformedMessage, match="the header is not"):
+            PARSERS[kind](text)
+
+    @pytest.mark.parametrize(
+        ("kind", "key", "value", "said"),
+        [
+            ("ask", "v", ABSENT, "version 1"),
+            ("ask", "v", 2, "version 1"),
+            ("ask", "v", "1", "version 1"),
+            ("ask", "v", None, "version 1"),
+            ("ask", "v", True, "version 1"),
+            ("ask", "kind", ABSENT, "expected ask"),
+            ("ask", "kind", "reply", "expected ask"),
+            ("ask", "kind", [], "expected ask"),
+            ("ask", "job", ABSENT, "keys"),
+            ("ask", "job", 3, "job or round"),
+            ("ask", "job", None, "job or round"),
+            ("ask", "round", "7", "job or round"),
+            ("ask", "round", 7.0, "job or round"),
+            ("ask", "round", True, "job or round"),
+            ("ask", "round", None, "job or round"),
+            ("ask", "model_hash", ABSENT, "keys"),
+            ("ask", "model_hash", None, "model_hash or witness"),
+            ("ask", "witness", ABSENT, "keys"),
+            ("ask", "witness", 3, "model_hash or witness"),
+            ("ask", "code", "import os", "keys"),
+            ("reply", "kind", "ask", "expected reply or refusal"),
+            ("reply", "kind", "refusal", "keys"),
+            ("reply", "site", ABSENT, "keys"),
+            ("reply", "site", 3, "site"),
+            ("reply", "site", None, "site"),
+            ("reply", "head", ABSENT, "keys"),
+            ("reply", "head", [], "head"),
+            ("reply", "head", [4], "head"),
+            ("reply", "head", [4, "ef", 1], "head"),
+            ("reply", "head", [-1, "ef"], "head"),
+            ("reply", "head", [True, "ef"], "head"),
+            ("reply", "head", [4.0, "ef"], "head"),
+            ("reply", "head", ["4", "ef"], "head"),
+            ("reply", "head", [4, 5], "head"),
+            ("reply", "head", {"seq": 4, "hash": "ef"}, "head"),
+            ("reply", "head", "4", "head"),
+            ("reply", "loss", 0.5, "keys"),
+            ("refusal", "kind", "reply", "keys"),
+            ("refusal", "site", ["north"], "site"),
+            ("refusal", "reason", "no such patient", "keys"),
+            ("refusal", "head", None, "keys"),
+        ],
+    )
+    def test_a_key_absent_added_or_of_another_type_is_refused(
+        self, kind: str, key: str, value: object, said: str
+    ) -> None:
+        header_fields = {k: v for k, v in {**GOOD[kind], key: value}.items() if v is not ABSENT}
+        with pytest.raises(MalformedMessage, match=said):
+            PARSERS[kind](json.dumps(header_fields))
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        kind=st.sampled_from(sorted(PARSERS)),
+        changes=st.dictionaries(
+            st.sampled_from(["v", "kind", "job", "round", "site", "head", "model_hash", "witness"]) | st.text(),
+            st.recursive(
+                st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+                max_leaves=5,
+            ),
+            max_size=3,
+        ),
+    )
+    def test_any_json_is_a_message_or_is_refused(self, kind: str, changes: dict[str, Any]) -> None:
+        text = json.dumps({**GOOD[kind], **changes})
+        try:
+            message = PARSERS[kind](text)
+        except MalformedMessage:
+            assert changes
+        else:
+            assert json.loads(header(message)) == json.loads(text)
+
+    @given(text=st.text())
+    def test_any_text_is_refused_or_a_message(self, text: str) -> None:
+        for parse in PARSERS.values():
+            with pytest.raises(MalformedMessage):
+                parse(text)
+
+
+def float32(*values: float) -> Vector:
+    return np.array(values, np.float32)
+
+
+def signalling_nan() -> Vector:
+    """A NaN that some processors raise for, which a site can send and numpy cannot make from a float."""
+    return np.frombuffer(struct.pack("<II", 0x7F800001, 0), np.float32)
+
+
+BAD_VECTORS: list[tuple[Callable[[Vector], Any], str]] = [
+    (lambda good: good.astype(np.float64), "must be float32"),
+    (lambda good: good.astype(np.float16), "must be float32"),
+    (lambda good: good.astype(">f4"), "must be float32"),
+    (lambda good: good.astype(np.int32), "must be float32"),
+    (lambda good: good.astype(object), "must be float32"),
+    (lambda good: good[:-1], "must be float32"),
+    (lambda good: np.append(good, np.float32(SECRET)), "must be float32"),
+    (lambda good: good[:, None], "must be float32"),
+    (lambda good: good[None], "must be float32"),
+    (lambda good: good[:0], "must be float32"),
+    (lambda good: good.tolist(), "got list"),
+    (lambda good: good.tobytes(), "got bytes"),
+    (lambda good: None, "got NoneType"),
+    (lambda good: np.float32(SECRET), "must be float32"),
+    (lambda good: np.concatenate([good[:-1], float32(np.nan)]), "not finite"),
+    (lambda good: np.concatenate([good[:-1], float32(np.inf)]), "not finite"),
+    (lambda good: np.concatenate([good[:-1], float32(-np.inf)]), "not finite"),
+    (lambda good: np.concatenate([float32(np.inf), good[1:-1], float32(-np.inf)]), "not finite"),
+    (lambda good: np.concatenate([signalling_nan(), good[2:]]), "not finite"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), BAD_VECTORS)
+class TestMalformedVectors:
+    def test_a_site_refuses_the_model_and_never_repeats_it(self, spoil: Callable[[Vector], Any], said: str) -> None:
+        with pytest.raises(MalformedMessage, match=said) as caught:
+            check_ask(replace(ASK, model=spoil(MODEL)), job=JOB, parameters=3)
+        assert "the model" in str(caught.value)
+        assert str(SECRET)[:3] not in str(caught.value)
+
+    def test_a_server_refuses_the_contribution_and_never_repeats_it(
+        self, spoil: Callable[[Vector], Any], said: str
+    ) -> None:
+        with pytest.raises(MalformedMessage, match=said) as caught:
+            check_reply(replace(REPLY, contribution=spoil(CONTRIBUTION)), ask=ASK, site="north", layout=LAYOUT)
+        assert "the contribution" in str(caught.value)
+        assert str(SECRET)[:3] not in str(caught.value)
+
+
+class TestCheckAsk:
+    @given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20))
+    def test_accepts_every_finite_model_under_its_own_hash(self, values: list[float]) -> None:
+        check_ask(ask_for(JOB, 1, float32(*values), None), job=JOB, parameters=len(values))
+
+    def test_accepts_the_largest_floats_together(self) -> None:
+        check_ask(ask_for(JOB, 1, np.full(1000, np.finfo(np.float32).max), None), job=JOB, parameters=1000)
+
+    @pytest.mark.parametrize(
+        ("ask", "said"),
+        [
+            (replace(ASK, job="ab" * 31 + "ac"), "another job than this site has approved"),
+            (replace(ASK, job=""), "another job than this site has approved"),
+            (replace(ASK, round_number=0), "round numbers start at 1, got 0"),
+            (replace(ASK, round_number=-7), "round numbers start at 1, got -7"),
+            (replace(ASK, model_hash=vector_hash(float32(0))), "not the one that its hash names"),
+            (replace(ASK, model_hash=ASK.model_hash.upper()), "not the one that its hash names"),
+            (replace(ASK, model=np.nextafter(MODEL, np.float32(0))), "not the one that its hash names"),
+        ],
+    )
+    def test_refuses_what_the_site_did_not_approve(self, ask: Ask, said: str) -> None:
+        with pytest.raises(MalformedMessage, match=said) as caught:
+            check_ask(ask, job=JOB, parameters=3)
+        assert str(SECRET)[:3] not in str(caught.value)
+
+
+class TestCheckReply:
+    @pytest.mark.parametrize("weight", [1e-45, 1.0, 3e38])
+    def test_accepts_every_positive_weight(self, weight: float) -> None:
+        contribution = float32(1, 2, 3, weight, 0)
+        check_reply(replace(REPLY, contribution=contribution), ask=ASK, site="north", layout=LAYOUT)
+
+    @pytest.mark.parametrize(
+        ("reply", "said"),
+        [
+            (replace(REPLY, site="south"), "another site's name"),
+            (replace(REPLY, site=""), "another site's name"),
+            (replace(REPLY, job="0" * 64), "another job or round"),
+            (replace(REPLY, round_number=6), "another job or round"),
+            (replace(REPLY, round_number=8), "another job or round"),
+            (replace(REPLY, contribution=float32(1, SECRET, 3, 0, 0)), "the weight is not positive"),
+            (replace(REPLY, contribution=float32(1, SECRET, 3, -0.0, 0)), "the weight is not positive"),
+            (replace(REPLY, contribution=float32(1, 2, 3, -SECRET, 0)), "the weight is not positive"),
+        ],
+    )
+    def test_refuses_what_no_honest_client_could_have_sent(self, reply: Reply, said: str) -> None:
+        with pytest.raises(MalformedMessage, match=said) as caught:
+            check_reply(reply, ask=ASK, site="north", layout=LAYOUT)
+        assert str(SECRET)[:3] not in str(caught.value)
