@@ -13,7 +13,6 @@ leaves either nothing spent, or spent and nothing lost:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from privacy.budget import SiteBudget
+from privacy.durable import write_atomically
 from privacy.errors import BudgetExceeded, FedchorusError
 from strategies.messages import Ask, Refusal, Reply, check_ask
 from strategies.parameters import Vector, vector_hash
@@ -35,13 +35,7 @@ class Outbox:
 
     def put(self, contribution: Vector) -> None:
         """Durable when this returns; replaces the one before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            file.write(np.ascontiguousarray(contribution, dtype="<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        write_atomically(self.path, np.ascontiguousarray(contribution, dtype="<f4").data)
 
     def get(self, digest: str) -> Vector | None:
         """The contribution whose `vector_hash` is `digest`, if it is the one kept."""

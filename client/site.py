@@ -132,13 +132,16 @@ class Site:
 
     def _open_gate(self) -> Gate:
         """Open the ledger on first contact: a site that is never asked writes nothing."""
-        record, files, account = self._job.privacy.record, self._files, None
-        if record is not None and self._plan.event is not None and files is not None:
+        record, account = self._job.privacy.record, None
+        if record is not None:
+            files, event = self._files, self._plan.event
+            assert files is not None, "a private job needs a ledger"
+            assert event is not None, "a private job needs an event to charge"
             budget = SiteBudget(Ledger(files.ledger, self._name, IdentityKey.load(files.identity)))
             budget.open(rows=self._plan.rows, simulation=self._simulation)
             budget.plan(
                 job=self._job.hash,
-                event=self._plan.event,
+                event=event,
                 rounds=self._job.training.rounds,
                 epsilon=record.epsilon,
                 delta=record.delta,

@@ -102,7 +102,11 @@ class Trainer:
             torch.cuda.manual_seed(seed)
 
     def train_privately(self, records: DeviceRecords, sgd: RecordLevelSgd, source: NoiseSource) -> None:
-        """DP-SGD in place. Returns nothing: a training loss would be one more release."""
+        """DP-SGD in place. Returns nothing: a training loss would be one more release.
+
+        What layers draw (dropout) comes from `source` too.
+        """
+        self._seed_layers(int(source.words(1)[0]) >> 1)
         self._model.train()
         sgd.train(
             self._flat,

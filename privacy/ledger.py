@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from privacy.durable import sync_folder
 from privacy.errors import LedgerCorrupt, LedgerError
 from privacy.keys import IdentityKey, is_signed_by
 
@@ -72,6 +74,7 @@ class LedgerView:
         self.path, self.site, self.public_hex = path, site, public_hex
         self._entries: list[Entry] = []
         self._read_bytes = 0
+        self._reading = threading.Lock()  # Between threads that share this object; processes have the file's lock.
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -89,15 +92,16 @@ class LedgerView:
 
     def _read_from(self, file: BinaryIO) -> int:
         """Read and verify new whole lines; return where they end."""
-        if file.seek(0, os.SEEK_END) < self._read_bytes:
-            raise LedgerError(f"ledger of {self.site}: {self.path} became shorter while it was open")
-        file.seek(self._read_bytes)
-        fresh = file.read()
-        whole = fresh[: fresh.rfind(b"\n") + 1]
-        prev = self._entries[-1].hash if self._entries else GENESIS
-        self._entries.extend(parse(whole, self.site, self.public_hex, first=len(self._entries), prev=prev))
-        self._read_bytes += len(whole)
-        return self._read_bytes
+        with self._reading:
+            if file.seek(0, os.SEEK_END) < self._read_bytes:
+                raise LedgerError(f"ledger of {self.site}: {self.path} became shorter while it was open")
+            file.seek(self._read_bytes)
+            fresh = file.read()
+            whole = fresh[: fresh.rfind(b"\n") + 1]
+            prev = self._entries[-1].hash if self._entries else GENESIS
+            self._entries.extend(parse(whole, self.site, self.public_hex, first=len(self._entries), prev=prev))
+            self._read_bytes += len(whole)
+            return self._read_bytes
 
 
 class Ledger(LedgerView):
@@ -144,7 +148,7 @@ class Ledger(LedgerView):
             file.flush()
             os.fsync(file.fileno())
             if not self._entries:
-                _fsync_directory(self.path.parent)
+                sync_folder(self.path.parent)
             self._read_from(file)
             return self._entries[-1]
 
@@ -184,7 +188,7 @@ def _verified(line: bytes, seq: int, site: str, public_hex: str, prev: str) -> E
 
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise corrupt("not a line of JSON") from None
     if not isinstance(record, dict) or set(record) != _FIELDS:
         raise corrupt("its fields are not those of a ledger entry")
@@ -192,7 +196,7 @@ def _verified(line: bytes, seq: int, site: str, public_hex: str, prev: str) -> E
         raise corrupt(f"format version {record['v']!r}; this program reads version {VERSION}")
     try:
         exact = canonical(record) == line
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         exact = False
     if not exact:
         raise corrupt("its bytes are not in canonical form: changed after it was written")
@@ -231,14 +235,7 @@ def _digest(unsigned: Mapping[str, Any]) -> str:
 
 def _from_hex(text: str) -> bytes:
     try:
-        return bytes.fromhex(text)
+        decoded = bytes.fromhex(text)
     except ValueError:
         return b""
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return decoded if decoded.hex() == text else b""  # No capitals, no spaces: the signature is outside the hash.

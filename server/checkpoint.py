@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from privacy.durable import write_atomically
 from privacy.errors import RunError
 from strategies.protocol import ServerState
 
@@ -17,16 +17,11 @@ VERSION = "1"
 
 def save_checkpoint(state: ServerState, path: Path, *, job: str) -> None:
     """Durable when this returns; a crash leaves the checkpoint before it or this one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"model": state.model, **{f"memory.{name}": array for name, array in state.memory.items()}}
     # safetensors writes the memory that a view begins in, not the view.
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(save(arrays, {"v": VERSION, "job": job, "round": str(state.round_number)}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    metadata = {"v": VERSION, "job": job, "round": str(state.round_number)}
+    write_atomically(path, save(arrays, metadata))
 
 
 def load_checkpoint(path: Path, *, job: str) -> ServerState:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from client.site import Files
+from privacy.durable import write_atomically
 from privacy.errors import RunError
 from strategies.job import Job, load_job
 
@@ -122,12 +122,7 @@ class RunFolder:
             yield
 
     def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / f"{name}.partial"
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path / name)
+        write_atomically(self.path / name, content)
 
 
 def fresh_path(job: Job, parent: Path, now: datetime) -> Path:

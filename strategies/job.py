@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ class Training(Section):
         if self.local_steps is not None:
             return self.local_steps
         assert self.local_epochs is not None
-        return max(1, round(self.local_epochs / self.rate_for(rows)))
+        return math.ceil(self.local_epochs / self.rate_for(rows) - 1e-9)
 
 
 class Cohort(Section):
@@ -295,7 +296,7 @@ class Job(Section):
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read a job file, apply `key=value` overrides, check everything. Raises `JobError`, one line, for any mistake."""
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise JobError(f"{path}: no such job file") from None
     except IsADirectoryError:
@@ -325,10 +326,12 @@ def check_job(raw: Mapping[str, Any], *, where: str) -> Job:
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts) or len(override.splitlines()) > 1:
+    # The first equal sign behind a whole key: a quoted part may hold others.
+    ends = (position for position, letter in enumerate(override) if letter == "=" and _key_parts(override[:position]))
+    end = next(ends, None)
+    if end is None or len(override.splitlines()) > 1:
         raise JobError(_one_line(f"--set {override}: expected key=value, for example training.rounds=5"))
+    parts, text = _key_parts(override[:end]), override[end + 1 :]
     try:
         value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -363,6 +366,19 @@ def _explain(problem: Any) -> str:
             shown = f"a table ({', '.join(got)})" if isinstance(got, dict) else repr(got)
             message = problem["msg"][0].lower() + problem["msg"][1:]
             return f"{key}: {message.removeprefix('input ')}, got {shown}{_nearest_value(problem)}"
+
+
+def _key_parts(key: str) -> list[str]:
+    """The tables and the name in a dotted key, quoted parts and all; nothing if it is no TOML key."""
+    try:
+        nested: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return []
+    parts = []
+    while isinstance(nested, dict):
+        part, nested = next(iter(nested.items()))
+        parts.append(part)
+    return parts
 
 
 def _one_line(text: str) -> str:

@@ -7,6 +7,7 @@ is trusted behind it. Vectors never enter an error.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +114,8 @@ def parse_ask(text: str, vector: Vector) -> Ask:
     """Raises `MalformedMessage`; the model itself is checked by `check_ask`."""
     fields = _parse(text, {"ask": {"model_hash", "witness"}})
     witness = fields["witness"]
-    if not isinstance(fields["model_hash"], str) or not (witness is None or isinstance(witness, str)):
-        raise MalformedMessage("the header's model_hash or witness is not a string")
+    if not _is_digest(fields["model_hash"]) or not (witness is None or _is_digest(witness)):
+        raise MalformedMessage("the header's model_hash or witness is not a SHA-256 in hexadecimal")
     return Ask(fields["job"], fields["round"], vector, fields["model_hash"], witness)
 
 
@@ -143,6 +144,10 @@ def _parse(text: str, kinds: dict[str, set[str]]) -> dict[str, Any]:
     if not isinstance(fields["job"], str) or type(fields["round"]) is not int:
         raise MalformedMessage("the header's job or round has the wrong type")
     return fields
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _head(value: Any) -> Head | None:

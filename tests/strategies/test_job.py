@@ -560,3 +560,18 @@ def test_a_job_file_that_may_not_be_read_is_refused_in_one_line(job_file: Path) 
         pytest.skip("the superuser may read everything")
     job_file.chmod(0)
     assert "cannot be read" in mistake(job_file)
+
+
+def test_an_override_reaches_a_column_whose_name_has_spaces_dots_and_equal_signs(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    raw = raw_job()
+    raw["data"]["columns"]["mean radius, v1.0 = new"] = {"range": [0.0, 1.0]}
+    path.write_text(tomli_w.dumps(raw))
+    job = load_job(path, ['data.columns."mean radius, v1.0 = new".range=[0.0, 2.0]'])
+    assert job.data.columns["mean radius, v1.0 = new"].range == (0.0, 2.0)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + tomli_w.dumps(raw_job()).encode())
+    assert load_job(path).name == raw_job()["name"]

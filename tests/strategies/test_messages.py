@@ -39,7 +39,8 @@ REFUSAL = Refusal("north", JOB, 7)
 
 rounds = st.integers(-(10**30), 10**30)
 heads = st.none() | st.builds(Head, st.integers(0, 10**30), st.text())
-asks = st.builds(Ask, st.text(), rounds, st.just(MODEL), st.text(), st.none() | st.text())
+digests = st.text("0123456789abcdef", min_size=64, max_size=64)
+asks = st.builds(Ask, st.text(), rounds, st.just(MODEL), digests, st.none() | digests)
 replies = st.builds(Reply, st.text(), st.text(), rounds, st.just(CONTRIBUTION), heads)
 refusals = st.builds(Refusal, st.text(), st.text(), rounds)
 
@@ -288,3 +289,10 @@ class TestCheckReply:
         with pytest.raises(MalformedMessage, match=said) as caught:
             check_reply(reply, ask=ASK, site="north", layout=LAYOUT)
         assert str(SECRET)[:3] not in str(caught.value)
+
+
+@pytest.mark.parametrize("witness", ["", "x" * 64, "AB" * 32, "ab" * 33, "ab" * 31 + "\n\n", 7])
+def test_a_site_never_signs_a_witness_that_is_no_digest(witness: object) -> None:
+    text = json.dumps({**json.loads(header(ASK)), "witness": witness})
+    with pytest.raises(MalformedMessage, match="SHA-256"):
+        parse_ask(text, MODEL)
