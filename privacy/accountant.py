@@ -2,7 +2,7 @@
 
 | method  | what it is                                                | when it speaks               |
 |---------|-----------------------------------------------------------|------------------------------|
-| `pld`   | privacy loss distributions, pessimistic grid of 1e-4      | always: the figure reported  |
+| `pld`   | privacy loss distributions, pessimistic grid of <= 1e-4   | always: the figure reported  |
 | `rdp`   | Rényi DP, integer and fractional orders: the cross-check  | always                       |
 | `exact` | the analytic Gaussian curve                               | when nothing was sampled     |
 
@@ -28,11 +28,12 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from privacy.errors import UnsupportedEvent
-from privacy.events import GaussianEvent
+from privacy.events import LEAST_NOISE, GaussianEvent
 
-GRID = 1e-4  # Discretisation interval of the privacy loss; the result is an upper bound whatever it is.
+# Discretisation intervals of the privacy loss; the result is an upper bound whatever they are. The first serves unless
+# it is so coarse, for very many releases of very little each, that the Rényi bound is below the result.
+GRIDS = (1e-4, 2.5e-5, 6.25e-6)
 INTEGER_ORDERS = (*range(2, 65), 128, 256, 512)
-LEAST_NOISE = 0.0625  # Less noise than a sixteenth of the clip norm protects nobody; the mechanism refuses it too.
 # dp-accounting logs each fractional order it leaves out; fewer orders only loosen an upper bound.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -63,8 +64,7 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Epsilon:
 
     Raises `UnsupportedEvent` for a delta outside (0, 1) or one too small to pay for the discretisation.
     """
-    if not 0 < delta < 1:
-        raise UnsupportedEvent(f"delta must lie between 0 and 1, got {delta!r}")
+    _check_delta(delta)
     released = list(events)
     if not released:
         return Epsilon(delta, 0.0, 0.0, 0.0)
@@ -79,6 +79,7 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Epsilon:
 
 def epsilon_pld(events: Sequence[GaussianEvent], delta: float) -> float:
     """The reported figure alone: `epsilon(events, delta).pld`, without the cost of the others."""
+    _check_delta(delta)
     return _after_discretisation(_pld_epsilon, _plan(events), delta, _tv(events)) if events else 0.0
 
 
@@ -89,6 +90,9 @@ def noise_multiplier_for(*, target_epsilon: float, delta: float, sampling_rate: 
     The result is on the safe side: its PLD epsilon is at most `target_epsilon`. Raises `UnsupportedEvent` when
     even a noise multiplier of 2^14 is too little.
     """
+    _check_delta(delta)
+    # Refuses a rate or a count that no event can have.
+    GaussianEvent(noise_multiplier=1.0, clip_norm=1.0, sampling_rate=sampling_rate, count=count, rng="os")
     if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
         raise UnsupportedEvent(f"epsilon must be a finite number > 0, got {target_epsilon!r}")
 
@@ -98,20 +102,23 @@ def noise_multiplier_for(*, target_epsilon: float, delta: float, sampling_rate: 
     def rdp(noise: float) -> float:
         return _rdp_epsilon((((noise, sampling_rate), count),), delta, INTEGER_ORDERS)
 
-    # The Rényi bound at integer orders costs a millisecond per trial and brackets the answer closely from above; the privacy loss
-    # distribution then needs about three steps along log epsilon / log noise, which is almost straight.
+    # The Rényi bound at integer orders costs a millisecond per trial and brackets the answer closely from above; the
+    # privacy loss distribution then needs three or four secant steps along log epsilon / log noise.
     safe = noise = _bracket(rdp, target_epsilon)
-    slope = math.log(rdp(noise * 0.97) / rdp(noise)) / math.log(0.97)
-    low = 0.0
+    low, slope = 0.0, -1.5
+    last: tuple[float, float] | None = None
     for _ in range(30):
-        cost = pld(noise)
+        cost = max(pld(noise), 1e-12)
+        if last is not None:
+            slope = min(-0.5, math.log(cost / last[1]) / math.log(noise / last[0]))
+        last = (noise, cost)
         if cost <= target_epsilon:
             safe = noise
             if (target_epsilon / cost) ** (-1 / slope) < 1.001:
                 break
         else:
             low = noise
-        if safe <= low * 1.001 or noise <= LEAST_NOISE:
+        if safe <= low * 1.001 or safe <= LEAST_NOISE:
             break
         step = noise * (target_epsilon / cost) ** (1 / slope) * 1.0003
         noise = max(LEAST_NOISE, step if low < step < safe else math.sqrt(max(low, safe / 2) * safe))
@@ -132,6 +139,11 @@ def largest_count(
         else:
             high = middle - 1
     return low
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise UnsupportedEvent(f"delta must lie between 0 and 1, got {delta!r}")
 
 
 def _plan(events: Iterable[GaussianEvent]) -> Plan:
@@ -156,28 +168,33 @@ def _after_discretisation(method: Callable[[Plan, float], float], plan: Plan, de
     ceiling = _rdp_epsilon(plan, delta / 2)
     paid = (1 + math.exp(min(ceiling, 700.0))) * tv
     if paid > delta / 2:
-        raise UnsupportedEvent(f"delta {delta:g} does not pay for the noise's discretisation ({paid:.3g})")
+        raise UnsupportedEvent(f"so little noise that epsilon is beyond {ceiling:.0f}: delta {delta:g} bounds nothing")
     return float(min(method(plan, delta - paid), ceiling))
 
 
 @lru_cache(maxsize=256)
-def _pld(phase: Phase) -> Any:
+def _pld(phase: Phase, grid: float) -> Any:
     # Imported late: the library takes a second to load, and a ledger can be verified without it.
     from dp_accounting.pld import privacy_loss_distribution
 
     noise, rate = phase
     return privacy_loss_distribution.from_gaussian_mechanism(
-        noise, sampling_prob=rate, value_discretization_interval=GRID
+        noise, sampling_prob=rate, value_discretization_interval=grid
     )
 
 
 @lru_cache(maxsize=4096)
 def _pld_epsilon(plan: Plan, delta: float) -> float:
-    composed: Any = None
-    for phase, count in plan:
-        part = _pld(phase).self_compose(count) if count > 1 else _pld(phase)
-        composed = part if composed is None else composed.compose(part)
-    return float(composed.get_epsilon_for_delta(delta))
+    bound, result = _rdp_epsilon(plan, delta, INTEGER_ORDERS), math.inf
+    for grid in GRIDS:
+        composed: Any = None
+        for phase, count in plan:
+            part = _pld(phase, grid).self_compose(count) if count > 1 else _pld(phase, grid)
+            composed = part if composed is None else composed.compose(part)
+        result = float(composed.get_epsilon_for_delta(delta))
+        if result <= bound or math.isinf(result):  # Infinite where delta is below what float64 resolves.
+            break
+    return result
 
 
 @lru_cache(maxsize=4096)

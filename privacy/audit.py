@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from privacy.accountant import Epsilon, epsilon
+from privacy.accountant import Epsilon, epsilon, epsilon_pld
 from privacy.budget import charged
 from privacy.errors import FedchorusError, LedgerCorrupt, RunError, UnsupportedEvent
 from privacy.events import GaussianEvent
@@ -109,38 +109,56 @@ def audit_run(run: Path) -> Audit:
         try:
             ledgers[site] = read_ledger(run / "ledgers" / f"{site}.jsonl", site, public_hex)
         except FileNotFoundError:
-            audit.findings.append(Finding(site, None, "its ledger is missing"))
+            _run_check(audit, site, _check_absence, audit.sites[site], heads, rounds, _claim(summary, site))
         except LedgerCorrupt as error:
             audit.findings.append(Finding(site, error.entry, error.why))
+        except (OSError, TypeError, ValueError) as error:
+            audit.findings.append(Finding(site, None, f"its ledger or key cannot be read ({type(error).__name__})"))
 
     for site, entries in ledgers.items():
-        claim = _claim(summary, site)
-        for check in (_check_opening, _check_spending):
-            _run_check(check, audit, audit.sites[site], entries, claim)
-        _check_heads(audit, site, entries, heads)
-        _check_witnesses(audit, site, entries, heads)
-        _check_contributions(audit, site, entries, rounds, job)
-        _check_round_claims(audit, site, entries, rounds)
-    _check_totals(audit, summary, rounds)
+        _run_check(audit, site, _check_opening, audit.sites[site], entries)
+        _run_check(audit, site, _check_spending, audit.sites[site], entries, _claim(summary, site))
+        _run_check(audit, site, _check_heads, site, entries, heads)
+        _run_check(audit, site, _check_witnesses, site, entries, heads)
+        _run_check(audit, site, _check_contributions, site, entries, heads, rounds, job)
+        _run_check(audit, site, _check_round_claims, audit.sites[site], entries, rounds, job)
+    _run_check(audit, None, _check_totals, summary, rounds)
     for finding in audit.findings:
         if finding.site in audit.sites:
             audit.sites[finding.site].ok = False
     return audit
 
 
-Check = Callable[[Audit, SiteAudit, Sequence[Entry], Mapping[str, Any]], None]
+Lines = Sequence[Mapping[str, Any]]
+Record = Mapping[str, Any]
+# What a signed or unsigned record of any shape can provoke. A fault of our own would be reported as one of the run's.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 
-def _run_check(check: Check, audit: Audit, site: SiteAudit, entries: Sequence[Entry], claim: Mapping[str, Any]) -> None:
+def _run_check(audit: Audit, site: str | None, check: Callable[..., None], *arguments: Any) -> None:
     try:
-        check(audit, site, entries, claim)
-    except (KeyError, TypeError, AttributeError) as error:
-        audit.findings.append(Finding(site.site, None, f"an entry's body lacks or misuses {error}"))
+        check(audit, *arguments)
     except FedchorusError as error:
-        audit.findings.append(Finding(site.site, None, str(error)))
+        audit.findings.append(Finding(site, None, str(error)))
+    except _MALFORMED as error:
+        audit.findings.append(
+            Finding(site, None, f"what was written of it is malformed ({type(error).__name__}: {error})")
+        )
 
 
-def _check_opening(audit: Audit, site: SiteAudit, entries: Sequence[Entry], claim: Mapping[str, Any]) -> None:
+def _check_absence(audit: Audit, site: SiteAudit, heads: Lines, rounds: Lines, claim: Record) -> None:
+    """A site that was never asked has written nothing; one that was has a head, an update or a claim to show for it."""
+    seen = any(site.site in line.get("heads", {}) for line in heads)
+    counted = any(site.site in line.get("contributors", ()) for line in rounds)
+    site.claimed = _finite(claim.get("epsilon"))
+    if seen or counted or site.claimed:
+        audit.findings.append(Finding(site.site, None, "its ledger is missing"))
+    else:
+        site.spent = Epsilon(0.0, 0.0, 0.0, 0.0)
+        audit.notices.append(f"{site.site} was never asked: it wrote no ledger")
+
+
+def _check_opening(audit: Audit, site: SiteAudit, entries: Sequence[Entry]) -> None:
     site.entries = len(entries)
     if not entries or entries[0].kind != "open":
         audit.findings.append(Finding(site.site, 0, "the ledger does not begin with an opening entry"))
@@ -151,7 +169,7 @@ def _check_opening(audit: Audit, site: SiteAudit, entries: Sequence[Entry], clai
             audit.findings.append(Finding(site.site, entry.seq, "a second opening entry"))
 
 
-def _check_spending(audit: Audit, site: SiteAudit, entries: Sequence[Entry], claim: Mapping[str, Any]) -> None:
+def _check_spending(audit: Audit, site: SiteAudit, entries: Sequence[Entry], claim: Record) -> None:
     plans = [entry for entry in entries if entry.kind == "plan"]
     for entry in entries:
         if entry.kind == "reserve":
@@ -162,7 +180,7 @@ def _check_spending(audit: Audit, site: SiteAudit, entries: Sequence[Entry], cla
     site.releases = sum(event.count for event in events)
     _check_noise_kind(audit, site, entries, events)
     site.delta = _delta(plans, claim)
-    site.claimed = claim.get("epsilon")
+    site.claimed = _finite(claim.get("epsilon"))
     if site.delta is None:
         if events:
             audit.findings.append(
@@ -177,11 +195,15 @@ def _check_spending(audit: Audit, site: SiteAudit, entries: Sequence[Entry], cla
             )
         )
     for plan in plans:
-        limit = plan.body["epsilon"]
-        if limit is not None and site.spent.pld > limit + TOLERANCE:
-            audit.findings.append(
-                Finding(site.site, plan.seq, f"spent epsilon {site.spent.pld:.4f}, over its budget of {limit:g}")
-            )
+        # A budget binds the plans up to its own; a later job may have been given a larger one.
+        limit, jobs = plan.body["epsilon"], [p.body["job"] for p in plans if p.seq <= plan.seq]
+        if limit is not None:
+            bound = charged(e for e in entries if e.kind == "reserve" and e.body["job"] in jobs)
+            cost = epsilon_pld(bound, plan.body["delta"])
+            if cost > limit + TOLERANCE:
+                audit.findings.append(
+                    Finding(site.site, plan.seq, f"spent epsilon {cost:.4f}, over its budget of {limit:g}")
+                )
     if claim:
         _compare(audit, site.site, "claims", site.claimed, site.spent.pld)
 
@@ -222,13 +244,13 @@ def _check_noise_kind(audit: Audit, site: SiteAudit, entries: Sequence[Entry], e
         raise UnsupportedEvent("noise was seeded outside a simulation: epsilon is infinite")
 
 
-def _check_heads(audit: Audit, site: str, entries: Sequence[Entry], heads: Sequence[Mapping[str, Any]]) -> None:
+def _check_heads(audit: Audit, site: str, entries: Sequence[Entry], heads: Lines) -> None:
     for line in heads:
         kept = line.get("heads", {}).get(site)
         if kept is None:
             continue
         head = Head(*kept)
-        if head.seq >= len(entries):
+        if head.seq < 0 or head.seq >= len(entries):
             audit.findings.append(
                 Finding(
                     site,
@@ -244,7 +266,7 @@ def _check_heads(audit: Audit, site: str, entries: Sequence[Entry], heads: Seque
             return
 
 
-def _check_witnesses(audit: Audit, site: str, entries: Sequence[Entry], heads: Sequence[Mapping[str, Any]]) -> None:
+def _check_witnesses(audit: Audit, site: str, entries: Sequence[Entry], heads: Lines) -> None:
     """Each reservation signs the digest of all heads after the round before: one site vouches for the others."""
     digests = {line.get("round"): digest_of(line) for line in heads}
     for entry in entries:
@@ -262,25 +284,46 @@ def _check_witnesses(audit: Audit, site: str, entries: Sequence[Entry], heads: S
 
 
 def _check_contributions(
-    audit: Audit, site: str, entries: Sequence[Entry], rounds: Sequence[Mapping[str, Any]], job: str
+    audit: Audit, site: str, entries: Sequence[Entry], heads: Lines, rounds: Lines, job: str
 ) -> None:
     committed = {e.body.get("round") for e in entries if e.kind == "commit" and e.body.get("job") == job}
+    kept = {line.get("round") for line in heads if site in line.get("heads", {})}
     for line in rounds:
-        if site in line.get("contributors", ()) and line.get("round") not in committed:
+        number = line.get("round")
+        if site in line.get("contributors", ()):
+            if number not in committed:
+                audit.findings.append(
+                    Finding(site, None, f"its update was counted in round {number} without a committed entry")
+                )
+            if number not in kept:
+                audit.findings.append(
+                    Finding(
+                        site, None, f"its update was counted in round {number}, but heads.jsonl holds no head of it"
+                    )
+                )
+
+
+def _check_round_claims(audit: Audit, site: SiteAudit, entries: Sequence[Entry], rounds: Lines, job: str) -> None:
+    """The last epsilon claimed while training, by the events up to that round; earlier ones are the same formula."""
+    claims = [
+        (line["round"], line["epsilon"][site.site]) for line in rounds if site.site in (line.get("epsilon") or {})
+    ]
+    if claims and site.delta is not None:
+        last, claimed = claims[-1]
+        events = charged(
+            e for e in entries if e.kind == "reserve" and (e.body["job"] != job or e.body["round"] <= last)
+        )
+        _compare(audit, site.site, "metrics.jsonl claims", claimed, epsilon_pld(events, site.delta))
+
+
+def _check_totals(audit: Audit, summary: Record | None, rounds: Lines) -> None:
+    for line in rounds:
+        for stranger in sorted({str(name) for name in line.get("contributors", ())} - {*audit.sites}):
             audit.findings.append(
-                Finding(site, None, f"its update was counted in round {line.get('round')} without a committed entry")
+                Finding(
+                    stranger, None, f"its update was counted in round {line.get('round')}: the roster has no such site"
+                )
             )
-
-
-def _check_round_claims(audit: Audit, site: str, entries: Sequence[Entry], rounds: Sequence[Mapping[str, Any]]) -> None:
-    """The last epsilon claimed while training; earlier ones are the same formula on fewer events."""
-    spent = audit.sites[site].spent
-    claims = [line["epsilon"][site] for line in rounds if site in (line.get("epsilon") or {})]
-    if claims and spent is not None:
-        _compare(audit, site, "metrics.jsonl claims", claims[-1], spent.pld)
-
-
-def _check_totals(audit: Audit, summary: Mapping[str, Any] | None, rounds: Sequence[Mapping[str, Any]]) -> None:
     if summary is None:
         return
     if summary.get("rounds") != len(rounds):
@@ -289,39 +332,44 @@ def _check_totals(audit: Audit, summary: Mapping[str, Any] | None, rounds: Seque
         )
     spent = [site.spent.pld for site in audit.sites.values() if site.spent is not None]
     claimed = (summary.get("epsilon") or {}).get("record")
-    if spent and len(spent) == len(audit.sites) and all(site.releases for site in audit.sites.values()):
+    if len(spent) == len(audit.sites):
         _compare(audit, None, "the run claims", claimed, max(spent))
 
 
 def _compare(audit: Audit, site: str | None, who: str, claimed: object, recomputed: float) -> None:
-    if not isinstance(claimed, int | float) or not math.isfinite(claimed):
+    figure = _finite(claimed)
+    if figure is None:
         if recomputed > 0:
             audit.findings.append(Finding(site, None, f"{who} no epsilon, the events cost {recomputed:.4f}"))
-    elif abs(claimed - recomputed) > TOLERANCE:
-        audit.findings.append(Finding(site, None, f"{who} epsilon {claimed:.4f}, the events cost {recomputed:.4f}"))
+    elif abs(figure - recomputed) > TOLERANCE:
+        audit.findings.append(Finding(site, None, f"{who} epsilon {figure:.4f}, the events cost {recomputed:.4f}"))
 
 
-def _delta(plans: Sequence[Entry], claim: Mapping[str, Any]) -> float | None:
+def _delta(plans: Sequence[Entry], claim: Record) -> float | None:
     stated = [plan.body["delta"] for plan in plans if plan.body["delta"] is not None]
     delta = min(stated) if stated else claim.get("delta")
     return float(delta) if delta is not None else None
 
 
-def _claim(summary: Mapping[str, Any] | None, site: str) -> Mapping[str, Any]:
-    sites = (summary or {}).get("sites", {})
-    claim = sites.get(site, {}) if isinstance(sites, dict) else {}
-    return claim if isinstance(claim, dict) else {}
+def _claim(summary: Record | None, site: str) -> Record:
+    """What the run says about `site`. A finished run that says nothing claims no epsilon."""
+    if summary is None:
+        return {}
+    sites = summary.get("sites")
+    claim = sites.get(site) if isinstance(sites, dict) else None
+    return claim if isinstance(claim, dict) else {"epsilon": None}
 
 
 def _is_private(run: Path) -> bool:
     try:
         job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         return True  # Whatever it was, its ledgers speak for themselves; the job's hash will not match.
-    return "record" in job.get("privacy", {})
+    privacy = job.get("privacy", {})
+    return not isinstance(privacy, dict) or "record" in privacy
 
 
-def _job_hash(run: Path, summary: Mapping[str, Any] | None, audit: Audit) -> str:
+def _job_hash(run: Path, summary: Record | None, audit: Audit) -> str:
     actual = hashlib.sha256((run / "job.toml").read_bytes()).hexdigest()
     if summary is not None and summary.get("job_hash") != actual:
         audit.findings.append(Finding(None, None, "job.toml is not the job that the run claims to have run"))
@@ -333,7 +381,7 @@ def _load_json(path: Path, audit: Audit, *, default: Any) -> Any:
         loaded = json.loads(path.read_bytes())
     except FileNotFoundError:
         return default
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         loaded = None
     if not isinstance(loaded, dict):
         audit.findings.append(Finding(None, None, f"{path.name} is not a JSON object"))
@@ -344,14 +392,14 @@ def _load_json(path: Path, audit: Audit, *, default: Any) -> Any:
 def _load_lines(path: Path, audit: Audit) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+    except OSError:
         audit.findings.append(Finding(None, None, f"{path.name} is missing"))
         return []
     loaded = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             audit.findings.append(Finding(None, None, f"{path.name}, line {number}: not a JSON object"))
@@ -365,8 +413,10 @@ def _notice(audit: Audit, text: str) -> None:
         audit.notices.append(text)
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 def _site_dict(site: SiteAudit) -> dict[str, Any]:
@@ -375,7 +425,7 @@ def _site_dict(site: SiteAudit) -> dict[str, Any]:
         "ok": site.ok,
         "entries": site.entries,
         "releases": site.releases,
-        "delta": site.delta,
+        "delta": _finite(site.delta),
         "pld": _finite(spent.pld) if spent else None,
         "rdp": _finite(spent.rdp) if spent else None,
         "exact": _finite(spent.exact) if spent else None,

@@ -3,7 +3,8 @@
 The rules, each of which `SiteBudget` enforces under the ledger's lock:
 
 1. A job is admitted once, as a `plan`: one event per round, at most so many rounds. Everything the ledger already
-   charged plus the whole plan must fit the budget, or the plan is refused (`BudgetExceeded`) and nothing is written.
+   charged, whatever earlier plans may still charge and the whole plan must together fit the budget, or the plan is
+   refused (`BudgetExceeded`) and nothing is written.
    The plan is fixed, so stopping early is allowed and any accountant is valid (Feldman and Zrnic 2021 need their
    filter only where parameters are adaptive).
 2. A round is reserved before data are touched. From then on it is spent: a crash refunds nothing.
@@ -15,11 +16,12 @@ Durable before every return; safe between processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from privacy.accountant import epsilon_pld, largest_count
-from privacy.errors import BudgetExceeded, LedgerError
+from privacy.errors import BudgetExceeded, LedgerError, UnsupportedEvent
 from privacy.events import GaussianEvent, event_from_dict
 from privacy.ledger import Entry, Head, Ledger
 
@@ -32,6 +34,7 @@ class SiteBudget:
 
     def open(self, *, rows: int, simulation: bool) -> None:
         """Write the first entry of a new ledger; on an existing one, check that it is of the same kind."""
+        self.ledger.refresh()
         if not self.ledger.entries:
             self.ledger.append(
                 "open",
@@ -55,13 +58,19 @@ class SiteBudget:
         def admit(entries: tuple[Entry, ...]) -> None:
             if any(entry.kind == "plan" and entry.body["job"] == job for entry in entries):
                 raise LedgerError(f"ledger of {self.ledger.site}: job {job[:12]} was planned before, differently")
-            if epsilon is not None:
-                check_affordable(
-                    event, rounds=rounds, epsilon=epsilon, delta=delta, spent=charged(entries), site=self.ledger.site
-                )
+            check_affordable(
+                event, rounds=rounds, epsilon=epsilon, delta=delta, spent=owed(entries), site=self.ledger.site
+            )
 
-        if not any(entry.kind == "plan" and entry.body == body for entry in self.ledger.entries):
-            self.ledger.append("plan", body, admit=admit)
+        def admitted() -> bool:
+            return any(entry.kind == "plan" and entry.body == body for entry in self.ledger.entries)
+
+        if not admitted():
+            try:
+                self.ledger.append("plan", body, admit=admit)
+            except LedgerError:
+                if not admitted():  # Another process made the very same plan in the meantime.
+                    raise
 
     def reserve(self, *, job: str, round_number: int, model: str, witness: str | None) -> Entry:
         """Charge round `round_number`; the entry is on disk when this returns, before any data are touched.
@@ -69,7 +78,7 @@ class SiteBudget:
         `model` is the SHA-256 of the model that was received; `witness` the digest of all sites' heads after the
         round before, as the server sent it. Raises `BudgetExceeded` when the plan's rounds are used up.
         """
-
+        self.ledger.refresh()
         plan = _plan_of(self.ledger.entries, job, self.ledger.site)
 
         def admit(entries: tuple[Entry, ...]) -> None:
@@ -85,7 +94,13 @@ class SiteBudget:
     def commit(self, reservation: Entry, *, output: str) -> Head:
         """Record that the vector with SHA-256 `output` leaves under `reservation`; durable before the reply."""
 
+        foreign = LedgerError(f"ledger of {self.ledger.site}: entry {reservation.seq} is no reservation of its own")
+        if reservation.kind != "reserve":
+            raise foreign
+
         def admit(entries: tuple[Entry, ...]) -> None:
+            if reservation not in entries[reservation.seq : reservation.seq + 1]:
+                raise foreign
             if any(entry.kind == "commit" and entry.body["reserve"] == reservation.seq for entry in entries):
                 raise LedgerError(f"ledger of {self.ledger.site}: entry {reservation.seq} was committed before")
 
@@ -102,6 +117,7 @@ class SiteBudget:
 
         Sending the same bytes again releases nothing new, so it costs nothing.
         """
+        self.ledger.refresh()
         reserves = {
             entry.seq
             for entry in self.ledger.entries
@@ -122,21 +138,46 @@ def charged(entries: Iterable[Entry]) -> list[GaussianEvent]:
     return [event_from_dict(entry.body["event"]) for entry in entries if entry.kind == "reserve"]
 
 
+def owed(entries: Sequence[Entry]) -> list[GaussianEvent]:
+    """What `entries` spent and what their plans may still spend. A job that ended early keeps what it set aside."""
+    events, used = charged(entries), Counter(entry.body["job"] for entry in entries if entry.kind == "reserve")
+    for plan in entries:
+        if plan.kind == "plan":
+            left = plan.body["rounds"] - used[plan.body["job"]]
+            events += [event_from_dict(plan.body["event"])] * left
+    return events
+
+
 def check_affordable(
-    event: GaussianEvent, *, rounds: int, epsilon: float, delta: float, spent: Iterable[GaussianEvent] = (), site: str
+    event: GaussianEvent,
+    *,
+    rounds: int,
+    epsilon: float | None,
+    delta: float,
+    spent: Iterable[GaussianEvent] = (),
+    site: str,
 ) -> None:
-    """Raise `BudgetExceeded`, with the largest number of rounds that fits, unless the whole plan does."""
+    """Raise `BudgetExceeded`, with the largest number of rounds that fits, unless the whole plan does.
+
+    Without a limit (`epsilon` is None) a plan need only cost something that the accountant can state.
+    """
     before = list(spent)
-    cost = epsilon_pld([*before, *[event] * rounds], delta)
-    if cost <= epsilon:
+    try:
+        cost = epsilon_pld([*before, *[event] * rounds], delta)
+    except UnsupportedEvent as error:
+        raise BudgetExceeded(
+            f"{site}: no epsilon can be stated for {rounds} rounds ({error}); raise the noise"
+        ) from None
+    if epsilon is None or cost <= epsilon:
         return
     fits = largest_count(event, target_epsilon=epsilon, delta=delta, at_most=rounds, before=before)
-    raise BudgetExceeded(
-        f"{site}: {rounds} rounds would spend epsilon {cost:.4g} at delta {delta:g}, the budget is {epsilon:g}; "
+    advice = (
         f"at most {fits} rounds fit: lower training.rounds to {fits} or raise the noise multiplier"
         if fits
-        else f"{site}: {rounds} rounds would spend epsilon {cost:.4g} at delta {delta:g}, the budget is {epsilon:g}; "
-        f"not one round fits: raise the noise multiplier (now {event.noise_multiplier:g}) or lower the sampling rate"
+        else f"not one round fits: raise the noise multiplier ({event.noise_multiplier:.4g}) or sample fewer records"
+    )
+    raise BudgetExceeded(
+        f"{site}: {rounds} rounds would cost epsilon {cost:.4g} at delta {delta:g}, the budget is {epsilon:g}; {advice}"
     )
 
 

@@ -118,7 +118,11 @@ class RecordLevelSgd:
         return total
 
 
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+def _mixes_or_keeps_records(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return True
+    # What is left of these are InstanceNorms: they normalise each record by itself, but may keep running statistics.
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -127,8 +131,8 @@ def check_trainable(model: nn.Module) -> None:
     Raises `JobError`.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BATCH_NORMS):
+        if _mixes_or_keeps_records(module):
             raise JobError(
-                f"layer {name!r} is a {type(module).__name__}: it mixes the records of a batch and keeps statistics of "
+                f"layer {name!r} is a {type(module).__name__}: it mixes the records of a batch or keeps statistics of "
                 "them, which no clipping bounds; use GroupNorm or LayerNorm instead"
             )

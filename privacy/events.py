@@ -7,7 +7,7 @@ with a key that we do not know may have been charged for something that we canno
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,9 @@ from privacy.errors import UnsupportedEvent
 
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 UNIT_RECORD = "record"
+LEAST_NOISE = 0.0625  # Less noise than a sixteenth of the clip norm protects nobody, and takes minutes to account for.
+MOST_NOISE = 2.0**20
+MOST_RELEASES = 2**40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,13 @@ class GaussianEvent:
 
     def __post_init__(self) -> None:
         _require(self.unit == UNIT_RECORD, "unit", UNIT_RECORD, self.unit)
-        _require(_positive(self.noise_multiplier), "noise_multiplier", "a finite number > 0", self.noise_multiplier)
-        _require(_positive(self.clip_norm), "clip_norm", "a finite number > 0", self.clip_norm)
-        _require(_positive(self.sampling_rate) and self.sampling_rate <= 1, "rate", "0 < rate <= 1", self.sampling_rate)
-        _require(_whole(self.count), "count", "a whole number > 0", self.count)
+        noise, rate, tv = self.noise_multiplier, self.sampling_rate, self.discretisation_tv
+        _require(_number(noise) and LEAST_NOISE <= noise <= MOST_NOISE, "noise_multiplier", "in [1/16, 2^20]", noise)
+        _require(_number(self.clip_norm) and self.clip_norm > 0, "clip_norm", "a finite number > 0", self.clip_norm)
+        _require(_number(rate) and 0 < rate <= 1, "rate", "0 < rate <= 1", rate)
+        _require(_whole(self.count) and self.count <= MOST_RELEASES, "count", "a whole number in [1, 2^40]", self.count)
         _require(self.rng in ("os", "seeded-simulation"), "rng", "os or seeded-simulation", self.rng)
-        _require(0 <= self.discretisation_tv < 1, "discretisation_tv", "0 <= tv < 1", self.discretisation_tv)
+        _require(_number(tv) and 0 <= tv < 1, "discretisation_tv", "0 <= tv < 1", tv)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -84,12 +88,13 @@ def event_from_dict(record: Mapping[str, Any]) -> GaussianEvent:
 
 
 def _differing_keys(known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    differing = [key for key in {**known, **given} if known.get(key) != given.get(key)]
+    differing = [key for key in {**known, **given} if key not in known or known[key] != given.get(key)]
     return ", ".join(f"{key} = {given.get(key)!r}" for key in differing)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+def _number(value: object) -> bool:
+    # Compared and not converted: a whole number of 400 digits has no float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _whole(value: object) -> bool:

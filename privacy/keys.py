@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -46,8 +46,10 @@ class IdentityKey:
             raise LedgerError(
                 f"{path}: the site's identity key is missing; restore it from the site's backup"
             ) from None
-        except ValueError:
-            raise LedgerError(f"{path}: not an Ed25519 private key in PEM form") from None
+        except OSError as error:
+            raise LedgerError(f"{path}: the site's identity key cannot be read ({error.strerror})") from None
+        except (ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted.
+            raise LedgerError(f"{path}: not an Ed25519 private key in unencrypted PEM form") from None
         if not isinstance(private, Ed25519PrivateKey):
             raise LedgerError(f"{path}: expected an Ed25519 key, found another kind")
         return cls(private)

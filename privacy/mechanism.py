@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.errors import UnsupportedEvent
-from privacy.events import GaussianEvent
+from privacy.events import LEAST_NOISE, MOST_NOISE, GaussianEvent
 from privacy.noise import NoiseSource, discrete_gaussian, discretisation_tv
 
 STEPS_PER_CLIP = 2**20  # Grid steps in one clip norm: rounding costs a millionth of the clip norm a coordinate.
-LEAST_NOISE_MULTIPLIER = 0.0625  # Keeps the integer noise wide enough (2^16 steps) to be charged as a Gaussian.
+# Outside, a scaled row or a released value could leave float64's range; and no model's clip norm is near either.
+LEAST_CLIP_NORM, MOST_CLIP_NORM = 2.0**-100, 2.0**100
 # Shrinks the clip by 6e-8, more than float64 can err in a norm of 2^29 coordinates: the bound holds in integers.
 _MARGIN = 1.0 - 2.0**-24
 
@@ -38,20 +39,18 @@ class GaussianSum:
     | NaN or infinite in any coordinate | zero: a bounded contribution, and no error that would reveal it |
     | no vector at all       | zero: noise is still added and charged                              |
 
-    Raises `UnsupportedEvent` for a clip norm or noise multiplier that is not positive and finite, or for a noise
-    multiplier below 0.0625.
+    Raises `UnsupportedEvent` for a clip norm outside [2^-100, 2^100] or a noise multiplier outside [1/16, 2^20]: its
+    integer noise is 2^16 to 2^40 grid steps wide, enough to be charged as a Gaussian and within the sampler's reach.
     """
 
     clip_norm: float
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise UnsupportedEvent(f"clip_norm must be a finite number > 0, got {self.clip_norm!r}")
-        if not (np.isfinite(self.noise_multiplier) and self.noise_multiplier >= LEAST_NOISE_MULTIPLIER):
-            raise UnsupportedEvent(
-                f"noise_multiplier must be a finite number >= {LEAST_NOISE_MULTIPLIER}, got {self.noise_multiplier!r}"
-            )
+        if not LEAST_CLIP_NORM <= self.clip_norm <= MOST_CLIP_NORM:
+            raise UnsupportedEvent(f"clip_norm must lie in [2^-100, 2^100], got {self.clip_norm!r}")
+        if not LEAST_NOISE <= self.noise_multiplier <= MOST_NOISE:
+            raise UnsupportedEvent(f"noise_multiplier must lie in [1/16, 2^20], got {self.noise_multiplier!r}")
 
     @property
     def scale(self) -> float:
@@ -67,8 +66,8 @@ class GaussianSum:
 
         The L2 norm of each row's integers is at most `STEPS_PER_CLIP`: rounding goes toward zero.
         """
-        rows = vectors.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
+            rows = vectors.astype(np.float64)
             # Finite float32 squares cannot overflow float64; a longer float64 row counts as not finite.
             norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
         finite = np.isfinite(norms)
