@@ -17,15 +17,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from privacy.errors import DataError
-from strategies.job import SITE_NAME, Column, Data
+from privacy.ledger import SITE_NAME
+from strategies.job import Column, Data
 
 
 @dataclass(frozen=True)
 class Records:
-    """Encoded rows: `features` (n, d) float32 and `target` (n,) int64, class numbers from 0."""
+    """Encoded rows: `features` (n, d) float32 and `target` (n,) int64, class numbers from 0.
+
+    `kept` says of each row of the table that they came from whether it is here; None means all of them.
+    """
 
     features: NDArray[np.float32]
     target: NDArray[np.int64]
+    kept: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.target)
@@ -138,11 +143,14 @@ def encode(frame: pd.DataFrame, data: Data, *, where: str) -> Records:
         raise DataError(f"{where}: no rows" + (" left without missing values" if len(frame) else ""))
     parts = [_encoded(columns[name], column) for name, column in data.columns.items()]
     features = np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32)
-    return Records(features, target.to_numpy(dtype=np.int64))
+    return Records(features, target.to_numpy(dtype=np.int64), None if complete.all() else complete.to_numpy())
 
 
-def split(records: Records, data: Data, *, site: str) -> SiteData:
-    """Training and test rows by `data.test_fraction`, stratified where every class has more than two rows and fits.
+def split(records: Records, data: Data, *, site: str, stratify: bool = True) -> SiteData:
+    """Training and test rows by `data.test_fraction`.
+
+    With `stratify`, by class where every class has more than two rows and fits. Without, by a row's position in the
+    table alone: then no record decides whether another is trained on, which is what record-level privacy needs.
 
     Raises `DataError` for a site that cannot train: too few rows, or one class only (`data.allow_one_class`).
     """
@@ -162,11 +170,21 @@ def split(records: Records, data: Data, *, site: str) -> SiteData:
             f"site {site}: {len(records)} rows leave none to train on at data.test_fraction = {data.test_fraction:g}"
         )
     fits = min(testing, len(records) - testing) >= np.count_nonzero(counts)
-    stratify = records.target if data.stratify and fits and counts[counts > 0].min() > 2 else None
-    train, test = train_test_split(
-        np.arange(len(records)), test_size=data.test_fraction, random_state=data.split_seed, stratify=stratify
+    by_class = stratify and fits and counts[counts > 0].min() > 2
+    kept = np.ones(len(records), dtype=bool) if stratify or records.kept is None else records.kept
+    train, test = (
+        np.sort(rows)
+        for rows in train_test_split(
+            np.arange(len(kept)),
+            test_size=data.test_fraction,
+            random_state=data.split_seed,
+            stratify=records.target if by_class else None,
+        )
     )
-    parts = SiteData(records.take(np.sort(train)), records.take(np.sort(test)))
+    index = np.cumsum(kept) - 1
+    parts = SiteData(records.take(index[train[kept[train]]]), records.take(index[test[kept[test]]]))
+    if not len(parts.train) or not len(parts.test):
+        raise DataError(f"site {site}: too few complete rows to train and test on")
     return _standardised(parts) if data.scaling == "site" else parts
 
 

@@ -63,17 +63,18 @@ class SitePlan:
         if record is None:
             return cls(rows)
         rate, steps = training.rate_for(rows), training.steps_for(rows)
+        rounds = training.rounds + record.spare_rounds
         noise = record.noise_multiplier or noise_multiplier
         if noise is None:
             assert record.epsilon is not None
             noise = noise_multiplier_for(
-                target_epsilon=record.epsilon, delta=record.delta, sampling_rate=rate, count=steps * training.rounds
+                target_epsilon=record.epsilon, delta=record.delta, sampling_rate=rate, count=steps * rounds
             )
         sgd = RecordLevelSgd(
             mechanism=GaussianSum(clip_norm=record.clip_norm, noise_multiplier=noise), sampling_rate=rate, steps=steps
         )
         event = sgd.event(dimension=parameters, rng=rng)
-        check_affordable(event, rounds=training.rounds, epsilon=record.epsilon, delta=record.delta, site=site)
+        check_affordable(event, rounds=rounds, epsilon=record.epsilon, delta=record.delta, site=site)
         return cls(rows, sgd, event)
 
 
@@ -142,7 +143,7 @@ class Site:
             budget.plan(
                 job=self._job.hash,
                 event=event,
-                rounds=self._job.training.rounds,
+                rounds=self._job.training.rounds + record.spare_rounds,
                 epsilon=record.epsilon,
                 delta=record.delta,
             )

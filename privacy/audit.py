@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from privacy import claims
 from privacy.accountant import Epsilon, epsilon, epsilon_pld
 from privacy.budget import charged
 from privacy.errors import FedchorusError, LedgerCorrupt, RunError, UnsupportedEvent
 from privacy.events import GaussianEvent
-from privacy.ledger import Entry, Head, digest_of, read_ledger
+from privacy.ledger import SITE_NAME, Entry, Head, digest_of, read_ledger
 
 TOLERANCE = 1e-3  # Of a claimed epsilon: ten times the accountant's grid, far below any figure that matters.
 
@@ -53,6 +54,7 @@ class SiteAudit:
     delta: float | None = None
     claimed: float | None = None
     spent: Epsilon | None = None
+    seeded: bool = False
     ok: bool = True
 
 
@@ -65,6 +67,9 @@ class Audit:
     @property
     def ok(self) -> bool:
         return not self.findings
+
+    def report(self, site: str | None, entry: int | None, why: str) -> None:
+        self.findings.append(Finding(site, entry, why))
 
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report; an epsilon that cannot be recomputed is null."""
@@ -87,19 +92,20 @@ def audit_run(run: Path) -> Audit:
     if not (run / "job.toml").is_file():
         raise RunError(f"{run}: no run folder (job.toml is missing); give the folder that `simulate` printed")
     audit = Audit()
-    if not _is_private(run):
+    job = _load_job(run)
+    if job is not None and not _is_private(job):
         audit.findings.append(Finding(None, None, "the job had no differential privacy: nothing is bounded"))
         return audit
     roster = _load_json(run / "roster.json", audit, default={}).get("sites")
-    if not isinstance(roster, dict) or not roster:
-        audit.findings.append(Finding(None, None, "roster.json is missing or names no site"))
+    if not isinstance(roster, dict) or not roster or not all(map(SITE_NAME.fullmatch, roster)):
+        audit.findings.append(Finding(None, None, "roster.json is missing, names no site, or one that is no name"))
         return audit
     summary = _load_json(run / "summary.json", audit, default=None)
     if summary is None:
         audit.findings.append(Finding(None, None, "the run is not finished: it makes no claim yet (summary.json)"))
     rounds = _load_lines(run / "metrics.jsonl", audit)
     heads = _load_lines(run / "heads.jsonl", audit)
-    job = _job_hash(run, summary, audit)
+    job_hash = _job_hash(run, summary, audit)
 
     for stray in sorted(path.stem for path in (run / "ledgers").glob("*.jsonl") if path.stem not in roster):
         audit.findings.append(Finding(stray, None, "there is a ledger of a site that the roster does not name"))
@@ -120,9 +126,16 @@ def audit_run(run: Path) -> Audit:
         _run_check(audit, site, _check_spending, audit.sites[site], entries, _claim(summary, site))
         _run_check(audit, site, _check_heads, site, entries, heads)
         _run_check(audit, site, _check_witnesses, site, entries, heads)
-        _run_check(audit, site, _check_contributions, site, entries, heads, rounds, job)
-        _run_check(audit, site, _check_round_claims, audit.sites[site], entries, rounds, job)
-    _run_check(audit, None, _check_totals, summary, rounds)
+        _run_check(audit, site, _check_contributions, site, entries, heads, rounds, job_hash)
+        _run_check(audit, site, _check_round_claims, audit.sites[site], entries, rounds, job_hash)
+        _hold_to(audit, site, claims.check_job, job, job_hash, site, entries)
+        _hold_to(audit, site, claims.check_commits, job_hash, site, entries, rounds)
+        _hold_to(audit, site, claims.check_figures, site, entries, job_hash, _claim(summary, site))
+    _run_check(audit, None, _check_totals, summary)
+    _hold_to(audit, None, claims.check_names, roster, summary, rounds, heads)
+    _hold_to(audit, None, claims.check_rounds, job, summary, rounds)
+    if summary is not None:
+        _hold_to(audit, None, claims.check_statement, summary, any(site.seeded for site in audit.sites.values()))
     for finding in audit.findings:
         if finding.site in audit.sites:
             audit.sites[finding.site].ok = False
@@ -144,6 +157,11 @@ def _run_check(audit: Audit, site: str | None, check: Callable[..., None], *argu
         audit.findings.append(
             Finding(site, None, f"what was written of it is malformed ({type(error).__name__}: {error})")
         )
+
+
+def _hold_to(audit: Audit, site: str | None, claim: Callable[..., None], *arguments: Any) -> None:
+    """Run one of the checks of `privacy.claims`."""
+    _run_check(audit, site, lambda audit: claim(audit.report, *arguments))
 
 
 def _check_absence(audit: Audit, site: SiteAudit, heads: Lines, rounds: Lines, claim: Record) -> None:
@@ -206,6 +224,8 @@ def _check_spending(audit: Audit, site: SiteAudit, entries: Sequence[Entry], cla
                 )
     if claim:
         _compare(audit, site.site, "claims", site.claimed, site.spent.pld)
+    if "epsilon_rdp" in claim:
+        _compare(audit, site.site, "claims by RDP", claim["epsilon_rdp"], site.spent.rdp)
 
 
 def _check_reservation(audit: Audit, site: SiteAudit, entries: Sequence[Entry], entry: Entry) -> None:
@@ -238,6 +258,7 @@ def _check_commit(audit: Audit, site: SiteAudit, entries: Sequence[Entry], entry
 def _check_noise_kind(audit: Audit, site: SiteAudit, entries: Sequence[Entry], events: Iterable[GaussianEvent]) -> None:
     if all(event.rng == "os" for event in events):
         return
+    site.seeded = True
     if entries[0].body["simulation"]:
         _notice(audit, "noise was seeded, so it protects nobody: the epsilons say what real noise would have cost")
     else:
@@ -316,24 +337,10 @@ def _check_round_claims(audit: Audit, site: SiteAudit, entries: Sequence[Entry],
         _compare(audit, site.site, "metrics.jsonl claims", claimed, epsilon_pld(events, site.delta))
 
 
-def _check_totals(audit: Audit, summary: Record | None, rounds: Lines) -> None:
-    for line in rounds:
-        for stranger in sorted({str(name) for name in line.get("contributors", ())} - {*audit.sites}):
-            audit.findings.append(
-                Finding(
-                    stranger, None, f"its update was counted in round {line.get('round')}: the roster has no such site"
-                )
-            )
-    if summary is None:
-        return
-    if summary.get("rounds") != len(rounds):
-        audit.findings.append(
-            Finding(None, None, f"claims {summary.get('rounds')} rounds, but metrics.jsonl holds {len(rounds)}")
-        )
+def _check_totals(audit: Audit, summary: Record | None) -> None:
     spent = [site.spent.pld for site in audit.sites.values() if site.spent is not None]
-    claimed = (summary.get("epsilon") or {}).get("record")
-    if len(spent) == len(audit.sites):
-        _compare(audit, None, "the run claims", claimed, max(spent))
+    if summary is not None and len(spent) == len(audit.sites):
+        _compare(audit, None, "the run claims", (summary.get("epsilon") or {}).get("record"), max(spent))
 
 
 def _compare(audit: Audit, site: str | None, who: str, claimed: object, recomputed: float) -> None:
@@ -360,11 +367,14 @@ def _claim(summary: Record | None, site: str) -> Record:
     return claim if isinstance(claim, dict) else {"epsilon": None}
 
 
-def _is_private(run: Path) -> bool:
+def _load_job(run: Path) -> Record | None:
     try:
-        job = tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
+        return tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return True  # Whatever it was, its ledgers speak for themselves; the job's hash will not match.
+        return None  # Whatever it was, its ledgers speak for themselves; the checks that need it will say so.
+
+
+def _is_private(job: Record) -> bool:
     privacy = job.get("privacy", {})
     return not isinstance(privacy, dict) or "record" in privacy
 

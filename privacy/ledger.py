@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from privacy.keys import IdentityKey, is_signed_by
 
 VERSION = 1
 GENESIS = "0" * 64
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # Safe in a path, a table and a log.
 KINDS = ("open", "plan", "reserve", "commit")
 _FIELDS = {"body", "hash", "kind", "prev", "seq", "sig", "site", "time", "v"}
 _HASH_DOMAIN = b"fedchorus ledger v1\0"

@@ -62,7 +62,8 @@ def run_rounds(
         if len(collected.contributors) < job.cohort.minimum:
             raise RunError(
                 f"round {number}: {len(collected.contributors)} of {len(cohort)} sites answered, the minimum is "
-                f"{job.cohort.minimum} ({_reasons(collected)}); lower cohort.minimum or mend the sites, then resume"
+                f"{job.cohort.minimum} ({_reasons(collected)}); mend them and resume; a site that crashed "
+                "within a round has spent it, and takes part to the end only with privacy.record.spare_rounds"
             )
         state = strategy.step(state, collected.total)
         if not np.isfinite(state.model).all():

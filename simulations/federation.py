@@ -51,7 +51,9 @@ def load_sites(job: Job) -> dict[str, SiteData]:
         sites = {name: encode(frame, data, where=f"{path}, site {name}") for name, frame in frames.items()}
     if not sites:
         raise DataError(f"job {job.name}: the data have no site")
-    return {name: split(sites[name], data, site=name) for name in sorted(sites)}
+    # The labels of other records must not decide who is trained on: not with privacy, unless the job insists.
+    stratify = data.stratify if data.stratify is not None else job.privacy.record is None
+    return {name: split(sites[name], data, site=name, stratify=stratify) for name in sorted(sites)}
 
 
 @dataclass(frozen=True)

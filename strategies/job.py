@@ -22,8 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from privacy.errors import JobError
 
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -96,7 +94,7 @@ class Data(Section):
     columns: dict[str, Column] = Field(min_length=1)
     scaling: Literal["range", "site"] = "range"
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    stratify: bool = True
+    stratify: bool | None = None
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @model_validator(mode="after")
@@ -193,12 +191,15 @@ class RecordPrivacy(Section):
 
     `epsilon` alone: the noise is calibrated so that all rounds together cost at most epsilon. `noise_multiplier`
     alone: no limit, the cost is reported. Both: epsilon is a budget, and a plan that exceeds it is refused.
+    A site that crashes within a round has spent it; `spare_rounds` are planned and paid for besides `training.rounds`,
+    so that it can still take part to the end.
     """
 
     epsilon: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1)]
     noise_multiplier: Annotated[float, Field(ge=0.0625, le=2**20)] | None = None
     clip_norm: Positive = 1.0
+    spare_rounds: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _some_noise(self) -> Self:

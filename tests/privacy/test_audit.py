@@ -24,7 +24,7 @@ from privacy.ledger import Entry, Ledger, LedgerView, digest_of
 
 SITES = ("bank-a", "bank-b", "bank-c")
 DELTA, LIMIT, ROUNDS = 1e-5, 8.0, 3
-TOML = b'name = "small"\n\n[privacy.record]\nepsilon = 8.0\ndelta = 1e-05\n'
+TOML = b'name = "small"\n\n[training]\nrounds = 3\n\n[privacy.record]\nepsilon = 8.0\ndelta = 1e-05\n'
 JOB = hashlib.sha256(TOML).hexdigest()
 EVENT = GaussianEvent(
     noise_multiplier=20.0, clip_norm=1.0, sampling_rate=1.0, count=4, rng="os", discretisation_tv=1e-30
@@ -78,6 +78,10 @@ class Run:
         rounds = self.lines("metrics.jsonl")
         metrics = {"round": round_number, "loss": 0.25, "epsilon": claims, "contributors": list(sites), "failures": {}}
         self.write_lines("metrics.jsonl", [*rounds, metrics])
+
+    def play_all(self, sites: tuple[str, ...] = SITES) -> None:
+        for round_number in range(1, ROUNDS + 1):
+            self.play(round_number, sites)
 
     def cost(self, site: str) -> float:
         view = LedgerView(self.ledger(site), site, self.read("roster.json")["sites"][site])
@@ -185,15 +189,16 @@ class TestAnHonestRun:
         run.budget().reserve(job=JOB, round_number=1, model="1" * 64, witness=None)
         run.play(1)
         run.play(2)
+        run.play(3, ("bank-a", "bank-c"))
         run.conclude()
         audit = audit_run(run.path)
         assert audit.findings == []
         spent = {site: round(audit.sites[site].releases / EVENT.count) for site in SITES}
-        assert spent == {"bank-a": 2, "bank-b": 3, "bank-c": 2}
+        assert spent == {"bank-a": 3, "bank-b": 3, "bank-c": 3}
 
     def test_a_site_that_was_never_asked_has_no_ledger_and_owes_none(self, tmp_path: Path) -> None:
         run = begin(tmp_path / "run")
-        run.play(1, ("bank-a", "bank-b"))
+        run.play_all(("bank-a", "bank-b"))
         run.conclude()
         run.ledger("bank-c").unlink()
         audit = audit_run(run.path)
@@ -226,15 +231,15 @@ class TestAnHonestRun:
         for round_number in (1, 2):
             budget.reserve(job=earlier, round_number=round_number, model="1" * 64, witness=None)
         budget.plan(job=JOB, event=EVENT, rounds=ROUNDS, epsilon=LIMIT, delta=DELTA)
-        run.play(1)
+        run.play_all()
         run.conclude()
         audit = audit_run(run.path)
         assert audit.findings == []
-        assert audit.sites["bank-b"].releases == 3 * EVENT.count  # What was spent before counts all the same.
+        assert audit.sites["bank-b"].releases == 5 * EVENT.count  # What was spent before counts all the same.
 
     def test_a_simulation_says_that_it_is_one(self, tmp_path: Path) -> None:
         run = begin(tmp_path / "run", simulation=True)
-        run.play(1)
+        run.play_all()
         run.conclude()
         audit = audit_run(run.path)
         assert audit.ok
@@ -243,7 +248,7 @@ class TestAnHonestRun:
     def test_seeded_noise_in_a_simulation_is_ok_and_says_that_it_protects_nobody(self, tmp_path: Path) -> None:
         seeded = dataclasses.replace(EVENT, rng="seeded-simulation")
         run = begin(tmp_path / "run", simulation=True, event=seeded)
-        run.play(1)
+        run.play_all()
         run.conclude()
         audit = audit_run(run.path)
         assert audit.ok
@@ -513,9 +518,9 @@ TAMPERINGS: list[tuple[Callable[[Run], None], str | None, int | None, str]] = [
     (empty("heads.jsonl"), "bank-a", 4, "signed other heads for round 1 than heads.jsonl holds"),
     (remove("heads.jsonl"), None, None, "heads.jsonl is missing"),
     (remove("metrics.jsonl"), None, None, "metrics.jsonl is missing"),
-    (empty("metrics.jsonl"), None, None, "claims 3 rounds, but metrics.jsonl holds 0"),
+    (empty("metrics.jsonl"), None, None, "does not hold rounds 1 to 3"),
     (remove("summary.json"), None, None, "the run is not finished: it makes no claim yet"),
-    (remove("roster.json"), None, None, "roster.json is missing or names no site"),
+    (remove("roster.json"), None, None, "roster.json is missing, names no site"),
     (replace_the_key, "bank-b", 0, "its signature is not by"),
     (forge_the_whole_ledger_under_a_new_key, "bank-b", 3, "is not the entry that the server saw in round 1"),
     (forge_it_and_the_heads_with_it, "bank-a", 4, "signed other heads for round 1 than heads.jsonl holds"),
@@ -531,11 +536,11 @@ TAMPERINGS: list[tuple[Callable[[Run], None], str | None, int | None, str]] = [
     (claim(None, lambda eps: eps * 1.1), None, None, "the run claims epsilon"),
     (claim(None, lambda eps: None), None, None, "the run claims no epsilon"),
     (forget_a_site_in_the_summary, "bank-b", None, "claims no epsilon"),
-    (claim_fewer_rounds, None, None, "claims 2 rounds, but metrics.jsonl holds 3"),
+    (claim_fewer_rounds, None, None, "claims 2 rounds, its job has 3"),
     (claim_in_the_last_round, "bank-b", None, "metrics.jsonl claims epsilon"),
     (change_the_job, None, None, "job.toml is not the job that the run claims to have run"),
     (change_the_job_and_its_hash, "bank-b", None, "counted in round 1 without a committed entry"),
-    (count_an_update_of_a_stranger, "bank-x", None, "counted in round 2: the roster has no such site"),
+    (count_an_update_of_a_stranger, "bank-x", None, "is named in metrics.jsonl, but not in the roster"),
 ]
 
 
@@ -641,9 +646,93 @@ def test_spending_without_a_stated_delta_cannot_be_recomputed_and_says_so(tmp_pa
     assert found(audit_run(run.path), "bank-b", None, "no plan or claim states a delta")
 
 
+def cut_every_ledger_back_to_round_1(run: Run) -> None:
+    """Without a key: what is left is a run that was honest up to there, under a job of three rounds."""
+    for site in SITES:
+        run.ledger(site).write_bytes(b"".join(lines_of(run.ledger(site))[:4]))
+    for name in ("heads.jsonl", "metrics.jsonl"):
+        run.write_lines(name, run.lines(name)[:1])
+    run.conclude()
+
+
+def promise_more_in_the_job(run: Run) -> None:
+    toml = TOML.replace(b"epsilon = 8.0", b"epsilon = 0.01")
+    (run.path / "job.toml").write_bytes(toml)
+    summary = run.read("summary.json")
+    run.write("summary.json", {**summary, "job_hash": hashlib.sha256(toml).hexdigest()})
+
+
+def leave_out_a_site(run: Run) -> None:
+    run.ledger().unlink()
+    roster, summary = run.read("roster.json"), run.read("summary.json")
+    del roster["sites"]["bank-b"], summary["sites"]["bank-b"]
+    run.write("roster.json", roster)
+    run.write("summary.json", summary)
+    rounds = run.lines("metrics.jsonl")
+    for line in rounds:
+        line["contributors"].remove("bank-b")
+        del line["epsilon"]["bank-b"]
+    run.write_lines("metrics.jsonl", rounds)
+
+
+def hide_a_round_of_a_site(run: Run) -> None:
+    rounds = run.lines("metrics.jsonl")
+    rounds[1]["contributors"].remove("bank-b")
+    run.write_lines("metrics.jsonl", rounds)
+
+
+def invent_a_site(run: Run) -> None:
+    summary = run.read("summary.json")
+    summary["sites"]["mayo"] = {"epsilon": 0.1, "delta": 1e-9}
+    run.write("summary.json", summary)
+
+
+def state(key: str, value: object, site: str | None = "bank-b") -> Callable[[Run], None]:
+    def tamper(run: Run) -> None:
+        summary = run.read("summary.json")
+        (summary if site is None else summary["sites"][site])[key] = value
+        run.write("summary.json", summary)
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("forge", "site", "why"),
+    [
+        (cut_every_ledger_back_to_round_1, None, "claims 1 rounds, its job has 3"),
+        (promise_more_in_the_job, "bank-b", "no plan for the job in job.toml"),
+        (leave_out_a_site, "bank-b", "named in heads.jsonl, but not in the roster"),
+        (hide_a_round_of_a_site, "bank-b", "commits round 2, of which metrics.jsonl knows nothing"),
+        (invent_a_site, "mayo", "not in the roster"),
+        (state("delta", 1e-9), "bank-b", "claims delta"),
+        (state("noise_multiplier", 50.0), "bank-b", "claims noise_multiplier"),
+        (state("sampling_rate", 0.01), "bank-b", "claims sampling_rate"),
+        (state("steps", 1), "bank-b", "claims steps"),
+        (state("train_rows", 10**6), "bank-b", "claims train_rows"),
+        (state("epsilon_rdp", 0.1), "bank-b", "claims by RDP"),
+        (state("noise", "seeded-simulation", None), None, "claims noise"),
+        (state("adjacency", "replace_one", None), None, "claims adjacency"),
+        (state("epsilon", {"record": 1.0, "client": 0.5}, None), None, "client-level epsilon"),
+    ],
+)
+def test_no_one_without_the_sites_keys_makes_a_run_look_more_private(
+    forge: Callable[[Run], None], site: str | None, why: str, run: Run
+) -> None:
+    forge(run)
+    audit = audit_run(run.path)
+    assert not audit.ok
+    assert any(f.site == site and why in f.why for f in audit.findings)
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "a/b", "", "-x", "a" * 65])
+def test_a_roster_never_leads_out_of_the_folder(name: str, run: Run) -> None:
+    run.write("roster.json", {"v": 1, "sites": {name: "0" * 64}})
+    assert found(audit_run(run.path), None, None, "one that is no name")
+
+
 def test_a_run_s_claim_is_checked_also_when_a_site_released_nothing(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
-    run.play(1, ("bank-a", "bank-b"))
+    run.play_all(("bank-a", "bank-b"))
     run.conclude()
     assert audit_run(run.path).ok
     claim(None, lambda eps: eps / 2)(run)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privacy.accountant import epsilon_pld
@@ -326,6 +326,8 @@ class TestSeveralJobs:
             st.tuples(st.sampled_from(["plan", "round"]), st.sampled_from("abc"), st.integers(1, 3)), max_size=14
         )
     )
+    # Two jobs, each within the budget, both admitted before either begins.
+    @example(steps=[("plan", "a", 3), ("plan", "b", 2), *[("round", "a", 1)] * 3, *[("round", "b", 1)] * 2])
     def test_whatever_jobs_come_and_however_they_interleave_the_budget_holds(
         self, tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, int]]
     ) -> None:

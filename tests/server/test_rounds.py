@@ -216,7 +216,7 @@ class TestFailures:
             run.go()
         message = str(caught.value)
         assert message.startswith("round 2: 1 of 3 sites answered, the minimum is 2 (a: dropped out, c: dropped out)")
-        assert "lower cohort.minimum or mend the sites, then resume" in message
+        assert "mend them and resume" in message
         assert run.events == ["evaluate", "record 1", "checkpoint 1"]
 
     def test_nobody_ends_the_run_whatever_the_minimum(self) -> None:
