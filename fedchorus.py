@@ -34,6 +34,10 @@ def main() -> None:
         if "--verbose" in sys.argv:
             raise
         _end_with(str(error))
+    except OSError as error:
+        if "--verbose" in sys.argv:
+            raise
+        _end_with(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(str(error.name).partition(".")[0])
         if extra is None or "--verbose" in sys.argv:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from strategies.catalogue import resolve
+from strategies.catalogue import build, resolve
 from strategies.job import Job, TaskChoice
 
 
@@ -64,7 +64,8 @@ TASKS: Mapping[str, str] = {"tabular-classification": "client.tasks:TabularClass
 
 
 def task_for(job: Job) -> Task:
-    task: Task = resolve(job.task.name, TASKS, key="task.name")(job.task)
+    kind = resolve(job.task.name, TASKS, key="task.name")
+    task: Task = build(kind, ("model", "loss", "metrics"), job.task, key="task.name")
     return task
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class Trainer:
         self._task, self._training = task, training
         self._model = model.to(self.device)
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise JobError("task.name: the model has no trainable parameters")
         self.parameters = Parameters({name: tuple(p.shape) for name, p in trainable})
         # Parameters and gradients become views into two flat buffers, so that loading, stepping and reading a model
         # are each one operation, whatever its layers.
@@ -117,6 +120,19 @@ class Trainer:
             learning_rate=self._training.learning_rate,
             weight_decay=self._training.weight_decay,
         )
+
+    def try_out(self, records: Records) -> None:
+        """Run the task on two records before anything is written. Raises `JobError` if it cannot work."""
+        few = self.place(records.take(np.arange(len(records))[:2]))
+        try:
+            losses = self._task.loss(self._model(few.features), few.targets)
+            metrics = self.evaluate(few.features, few.targets)
+        except Exception as error:
+            # Its text might show a record; where it came from shows with --verbose.
+            raise JobError(f"task.name: the model or its loss failed on a record ({type(error).__name__})") from error
+        for name, values in {"its loss": losses, **metrics}.items():
+            if tuple(values.shape) != (len(few),):
+                raise JobError(f"task.name: {name} must be one value per record, got shape {tuple(values.shape)}")
 
     def evaluate(self, features: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """Per-example metrics of the loaded model, each (B,)."""

@@ -25,7 +25,7 @@ from client.data import (
 from client.site import Files, Site, SitePlan
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
-from privacy.errors import DataError
+from privacy.errors import DataError, JobError
 from privacy.noise import NoiseSource, OsNoise, SeededNoise
 from simulations.faults import FaultySite, Handler
 from simulations.partition import partition
@@ -71,8 +71,17 @@ class Federation:
         """Raises `JobError` or `DataError` for whatever cannot work, before anything is written."""
         strategy, task = strategy_for(job), task_for(job)
         data = load_sites(job)
-        model = initial_model(task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed)
-        return cls(job, data, task, Trainer(task, model, job.training), strategy)
+        if job.cohort.minimum > len(data):
+            raise JobError(f"cohort.minimum is {job.cohort.minimum}, the job has {len(data)} sites")
+        try:
+            model = initial_model(
+                task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise JobError(f"task: the model cannot be built ({' '.join(str(error).split())})") from error
+        trainer = Trainer(task, model, job.training)
+        trainer.try_out(next(iter(data.values())).train)
+        return cls(job, data, task, trainer, strategy)
 
     @cached_property
     def names(self) -> list[str]:

@@ -90,4 +90,4 @@ def _open_federation(run: str) -> tuple[RunFolder, Federation, dict[str, SitePla
     """Once per actor process: data, model and calibrated plans stay loaded."""
     folder = RunFolder.open(Path(run))
     federation = Federation.load(folder.job)
-    return folder, federation, federation.plans(folder.read("plans.json")["sites"])
+    return folder, federation, federation.plans(folder.known_plans())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -56,6 +57,15 @@ class RunFolder:
             raise RunError(f"{self.path}: job.toml was changed after the run began; start a new run with it")
         return job
 
+    def known_plans(self) -> dict[str, Any]:
+        """Each site's plan as it was calibrated when the run began."""
+        plans = self.read("plans.json").get("sites")
+        if not isinstance(plans, dict) or not all(
+            isinstance(p, dict) and "noise_multiplier" in p for p in plans.values()
+        ):
+            raise RunError(f"{self.path}: plans.json is damaged")
+        return plans
+
     @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
@@ -94,8 +104,11 @@ class RunFolder:
         self._write(name, text.encode())
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Durable when this returns: what a checkpoint builds on must not be lost behind it."""
         with open(self.path / name, "ab") as file:
             file.write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The whole lines of a JSONL file; a last line that a crash cut short is not there."""
@@ -103,7 +116,13 @@ class RunFolder:
             text = (self.path / name).read_bytes()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+        try:
+            lines = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+        except ValueError:
+            lines = [None]
+        if not all(isinstance(line, dict) and type(line.get("round")) is int for line in lines):
+            raise RunError(f"{self.path}: {name} is damaged")
+        return lines
 
     def keep_rounds(self, last: int) -> None:
         """Drop the records of rounds after `last`: they were never kept, and will be run again."""

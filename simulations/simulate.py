@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 from client.site import SitePlan, layout_for
 from privacy.accountant import epsilon, epsilon_pld
 from privacy.budget import charged
-from privacy.errors import RunError
+from privacy.errors import LedgerError, RunError
 from privacy.events import ADD_OR_REMOVE_ONE
 from privacy.keys import IdentityKey
 from privacy.ledger import Head, LedgerView
@@ -54,12 +55,20 @@ def start_run(job: Job, *, out: Path | None, parent: Path, watcher: Watcher, now
     watcher.status("calibrating noise" if job.privacy.record else "preparing")
     plans = federation.plans()
     folder = RunFolder.create(out or fresh_path(job, parent, now), job)
+    try:
+        _prepare(folder, job, federation, plans)
+    except BaseException:  # Ctrl-C too: half a folder could neither be resumed nor used again.
+        shutil.rmtree(folder.path)
+        raise
+    return _Run(folder, job, federation, plans, watcher).finish()
+
+
+def _prepare(folder: RunFolder, job: Job, federation: Federation, plans: Mapping[str, SitePlan]) -> None:
     folder.write("plans.json", {"v": 1, "job": job.hash, "sites": {n: plan_record(plan) for n, plan in plans.items()}})
     federation.trainer.parameters.save(federation.trainer.read(), folder.initial_model, {"job": job.hash, "round": "0"})
     if job.privacy.record is not None:
         keys = {name: IdentityKey.create(folder.files_of(name).identity).public_hex for name in federation.names}
         folder.write("roster.json", {"v": 1, "sites": keys})
-    return _Run(folder, job, federation, plans, watcher).finish()
 
 
 def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:
@@ -70,7 +79,7 @@ def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:
     job = folder.job
     watcher.status("reading data")
     federation = Federation.load(job)
-    return _Run(folder, job, federation, federation.plans(folder.read("plans.json")["sites"]), watcher).finish()
+    return _Run(folder, job, federation, federation.plans(folder.known_plans()), watcher).finish()
 
 
 @dataclass
@@ -86,14 +95,13 @@ class _Run:
     def finish(self) -> dict[str, Any] | None:
         with self.folder.locked():
             if self.job.privacy.record is not None:
-                roster = self.folder.read("roster.json")["sites"]
-                self._views = {
-                    name: LedgerView(self.folder.files_of(name).ledger, name, public) for name, public in roster.items()
-                }
+                self._views = self._open_ledgers()
             parameters, start = Parameters.load(self.folder.initial_model)
             state = ServerState(start)
             if self.folder.checkpoint.exists():
                 state = load_checkpoint(self.folder.checkpoint, job=self.job.hash)
+                if state.model.shape != start.shape or state.round_number > len(self.folder.lines("metrics.jsonl")):
+                    raise RunError(f"{self.folder.path}: the checkpoint does not fit the rest of the run")
             self.folder.keep_rounds(state.round_number)
             evaluation = Evaluation(self.federation.trainer, self.federation.data)
             self.watcher.begin(self.folder.path, self.job)
@@ -102,10 +110,36 @@ class _Run:
                 return None
             return self._conclude(state, parameters, evaluation, start)
 
+    def _open_ledgers(self) -> dict[str, LedgerView]:
+        """Views on all ledgers, each holding at least what the server last saw of it: a restored backup shows here."""
+        roster = self.folder.read("roster.json").get("sites")
+        if not isinstance(roster, dict) or set(roster) != set(self.federation.names):
+            raise RunError(f"{self.folder.path}: roster.json does not name the sites of the job")
+        views = {name: LedgerView(self.folder.files_of(name).ledger, name, key) for name, key in roster.items()}
+        for site, (seq, digest) in self._heads().items():
+            views[site].refresh()
+            if len(views[site].entries) <= seq or views[site].entries[seq].hash != digest:
+                raise LedgerError(
+                    f"ledger of {site}: the server saw entry {seq} of it, which is gone or another; "
+                    "restore the newest copy, what was spent stays spent"
+                )
+        return views
+
+    def _heads(self) -> dict[str, Head]:
+        """The newest ledger heads that the server kept."""
+        lines = self.folder.lines("heads.jsonl")
+        try:
+            return (
+                {site: Head(int(seq), str(digest)) for site, (seq, digest) in lines[-1]["heads"].items()}
+                if lines
+                else {}
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise RunError(f"{self.folder.path}: heads.jsonl is damaged") from None
+
     def _train(self, state: ServerState, evaluation: Evaluation) -> ServerState:
         finished = [state]
-        heads_kept = self.folder.lines("heads.jsonl")
-        heads = {site: Head(*head) for site, head in heads_kept[-1]["heads"].items()} if heads_kept else {}
+        heads = self._heads()
 
         def drive(transport: Transport) -> None:
             self._round_began = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from privacy.errors import JobError
@@ -34,10 +34,30 @@ def resolve(name: str, known: Mapping[str, str], *, key: str) -> Any:
         raise JobError(f"{key}: cannot import {module!r} ({error}); is it installed in this environment?") from None
     except AttributeError:
         raise JobError(f"{key}: module {module!r} has no {attribute!r}") from None
+    except Exception as error:
+        raise JobError(f"{key}: importing {module!r} failed with {type(error).__name__}: {_line(error)}") from error
+
+
+def build(kind: Any, methods: Sequence[str], *arguments: Any, key: str, **settings: Any) -> Any:
+    """`kind(*arguments, **settings)`, which must have `methods`. Raises `JobError`."""
+    try:
+        thing = kind(*arguments, **settings)
+    except Exception as error:
+        raise JobError(f"{key}: it cannot be built ({type(error).__name__}: {_line(error)})") from error
+    missing = [name for name in methods if not callable(getattr(thing, name, None))]
+    if missing:
+        raise JobError(f"{key}: it has no method {', '.join(missing)} (docs/extending.md)")
+    return thing
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def strategy_for(job: Job) -> Strategy:
     """The job's strategy; both the server and the clients build it from the same job."""
     kind = resolve(job.strategy.name, STRATEGIES, key="strategy.name")
-    strategy: Strategy = kind(weighting=job.strategy.weighting, server_learning_rate=job.strategy.server_learning_rate)
+    choice = job.strategy
+    settings = {"weighting": choice.weighting, "server_learning_rate": choice.server_learning_rate}
+    strategy: Strategy = build(kind, ("contribution", "step"), key="strategy.name", **settings)
     return strategy

@@ -562,3 +562,26 @@ def test_records_are_taken_by_number_in_the_order_given() -> None:
     assert taken.features[:, 0].tolist() == [7, 0, 7]
     assert taken.target.tolist() == [1, 0, 1]
     assert len(taken) == 3
+
+
+def test_without_labels_no_record_decides_whether_another_is_trained_on(tmp_path: Path) -> None:
+    """Flip one record's label and empty another's cell: everyone else stays on their side of the split."""
+
+    def sides(rows: list[str]) -> dict[str, str]:
+        path = tmp_path / "rows.csv"
+        path.write_text("x,y\n" + "".join(f"{row}\n" for row in rows))
+        data = make_job(data={"on_missing": "drop", "client": None, "files": {"a": "x.csv"}, "path": None}).data
+        parts = split(encode(read_frame(path, data), data, where="a"), data, site="a", stratify=False)
+        return {
+            **{f"{x[0]:.4f}": "train" for x in parts.train.features},
+            **{f"{x[0]:.4f}": "test" for x in parts.test.features},
+        }
+
+    rows = [f"{k / 100},{k % 2}" for k in range(100)]
+    before = sides(rows)
+    rows[17] = "0.17,0"
+    rows[42] = ",1"
+    after = sides(rows)
+    emptied = "-0.1600"
+    assert set(before) - set(after) == {emptied}
+    assert {x: side for x, side in before.items() if x != emptied} == after

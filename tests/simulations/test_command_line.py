@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ import pytest
 from fedchorus import main
 from privacy.audit import audit_run
 from privacy.errors import RunError
+from simulations.scenarios import scenario_path
+from simulations.simulate import Watcher, resume_run, start_run
+from strategies.job import load_job
 from strategies.parameters import Parameters
 
 QUICK = ["--set", "training.rounds=3", "--set", "simulation.baselines=false"]
@@ -192,6 +196,11 @@ BAD_INPUT: list[tuple[Sequence[str], Sequence[str]]] = [
     (["simulate", "--set", "task.name=tabular-clasification"], ["tabular-classification"]),
     (["simulate", "--set", "simulation.partition.mix.city-hospital.rows=4000"], ["city-hospital", "left"]),
     (["simulate", "--set", "training.device=cuda", *NOISE], ["training.device", "CUDA"]),
+    (["simulate", "--set", "cohort.minimum=9"], ["cohort.minimum is 9", "5 sites"]),
+    (["simulate", "--set", "strategy.name=os:getcwd"], ["strategy.name", "cannot be built"]),
+    (["simulate", "--set", "task.name=json:dumps"], ["task.name", "cannot be built"]),
+    (["simulate", "--set", "task.model=mlp", "--set", "task.hidden=[100000000000]"], ["cannot be built"]),
+    (["simulate", "--out", "/dev/null/run", *QUICK, *NOISE], ["/dev/null"]),
     (["audit", "absent"], ["absent", "no run folder"]),
     (["resume", "absent"], ["absent", "no run folder"]),
     (["report", "absent"], ["absent", "no run folder"]),
@@ -297,6 +306,104 @@ def test_a_run_whose_job_was_changed_is_not_resumed(tmp_path: Path) -> None:
     done = fedchorus("resume", str(run), cwd=tmp_path)
     assert done.returncode == 1
     assert "job.toml was changed" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after a few of its rounds. Never changed: tests take a copy."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    interrupted_run(run, signal.SIGKILL, after_round=2)
+    return run
+
+
+def roll_back(run: Path) -> None:
+    ledger = run / "ledgers" / "city-hospital.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:2]))
+
+
+def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
+    def damage(run: Path) -> None:
+        (run / name).write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (roll_back, ["city-hospital", "what was spent stays spent"]),
+        (overwrite("ledgers/city-hospital.jsonl", b""), ["city-hospital"]),
+        (overwrite("metrics.jsonl", b"3\n"), ["metrics.jsonl is damaged"]),
+        (overwrite("metrics.jsonl", b"\0\0\n"), ["metrics.jsonl is damaged"]),
+        (overwrite("metrics.jsonl", b""), ["checkpoint does not fit"]),
+        (overwrite("heads.jsonl", b'{"round":1}\n'), ["heads.jsonl is damaged"]),
+        (overwrite("plans.json", b"{}"), ["job.toml was changed"]),
+        (overwrite("roster.json", b'{"sites":{}}'), ["roster.json"]),
+        (overwrite("roster.json", b"["), ["roster.json is damaged"]),
+        (overwrite("checkpoint.safetensors", b"x"), ["checkpoint"]),
+        (overwrite("initial.safetensors", b"x"), ["initial.safetensors"]),
+        (overwrite("job.toml", b"\xff"), ["job.toml"]),
+    ],
+)
+def test_a_damaged_run_is_not_resumed_and_nothing_more_is_spent(
+    damage: Callable[[Path], None], words: Sequence[str], killed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(killed, run)
+    damage(run)
+    before = ledgers_of(run)
+    done = fedchorus("resume", str(run), cwd=tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert ledgers_of(run) == before
+
+
+def test_spare_rounds_let_a_site_that_crashed_take_part_to_the_end(tmp_path: Path) -> None:
+    from privacy.budget import SiteBudget
+    from privacy.keys import IdentityKey
+    from privacy.ledger import Ledger
+    from simulations.run_folder import RunFolder
+
+    outcomes = {}
+    for spare in (0, 1):
+        run = tmp_path / f"spare-{spare}"
+        stop_after_one = iter([False, True])
+        job = load_job(
+            scenario_path("hospitals"),
+            ["training.rounds=3", "simulation.baselines=false", "privacy.record.epsilon=none",
+             "privacy.record.noise_multiplier=4.0", f"privacy.record.spare_rounds={spare}"],
+        )  # fmt: skip
+        watcher = Watcher(stop=lambda stops=stop_after_one: next(stops))  # type: ignore[misc]
+        assert start_run(job, out=run, parent=tmp_path, watcher=watcher, now=datetime.now(UTC)) is None
+        # The crash: a reservation that nothing was made of.
+        files = RunFolder.open(run).files_of("city-hospital")
+        budget = SiteBudget(Ledger(files.ledger, "city-hospital", IdentityKey.load(files.identity)))
+        budget.reserve(job=job.hash, round_number=2, model="0" * 64, witness=None)
+        summary = resume_run(run, watcher=Watcher())
+        assert summary is not None
+        assert audit_run(run).ok
+        outcomes[spare] = summary["sites"]["city-hospital"]
+    assert (outcomes[0]["rounds"], outcomes[1]["rounds"]) == (2, 3)
+    assert outcomes[1]["steps"] == outcomes[0]["steps"] + 2
+
+
+def test_ctrl_c_while_a_run_folder_is_made_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from privacy.keys import IdentityKey
+
+    def pressed(path: Path) -> IdentityKey:
+        assert tmp_path / "run" in path.parents
+        raise KeyboardInterrupt
+
+    # There is no seam between two writes: the key is pressed while the sites' identities are made.
+    monkeypatch.setattr(IdentityKey, "create", pressed)
+    job = load_job(scenario_path("hospitals"), ["privacy.record.epsilon=none", "privacy.record.noise_multiplier=4.0"])
+    with pytest.raises(KeyboardInterrupt):
+        start_run(job, out=tmp_path / "run", parent=tmp_path, watcher=Watcher(), now=datetime.now(UTC))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_comes_at_once_and_without_torch_or_flower(tmp_path: Path) -> None:
