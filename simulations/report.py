@@ -306,7 +306,7 @@ def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
         "A person with several rows is protected less than one row is; a site as a whole, and facts that hold for a "
         "whole population, are not protected by a record-level bound. Row counts of sites are public. The loss and "
         "accuracy figures of this page are the researcher's view of a simulation: computed on test rows, exact, and "
-        "not covered by the guarantee."
+        "not covered by the guarantee; nor are the models trained alone and pooled that they are compared with."
     )
     command = element("code", f"fedchorus audit {shlex.quote(str(summary.get('run') or 'RUN'))}")
     return page.section(

@@ -32,8 +32,10 @@ def run(engine: str, scenario: str, settings: list[str], out: Path) -> tuple[dic
 
 @pytest.mark.parametrize(
     ("scenario", "settings"),
-    [("hospitals", PRIVATE), ("hospitals-unreliable", UNRELIABLE)],
-    ids=["private", "unreliable"],
+    [
+        pytest.param("hospitals", PRIVATE, id="private"),
+        pytest.param("hospitals-unreliable", UNRELIABLE, id="unreliable", marks=pytest.mark.slow),
+    ],
 )
 def test_flower_and_inline_give_the_same_model(scenario: str, settings: list[str], tmp_path: Path) -> None:
     summaries, models, contributors = {}, {}, {}
@@ -51,6 +53,7 @@ def test_flower_and_inline_give_the_same_model(scenario: str, settings: list[str
         assert any(len(answered) < 5 for answered in contributors["inline"]), "no fault was ever injected"
 
 
+@pytest.mark.slow
 def test_flower_reports_a_round_that_too_few_sites_answered(tmp_path: Path) -> None:
     from privacy.errors import RunError
 
