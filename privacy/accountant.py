@@ -214,7 +214,7 @@ def _pld_epsilon(plan: Plan, delta: float, grids: tuple[float, ...] = GRIDS) -> 
 
 
 @lru_cache(maxsize=4096)
-def _rdp_of(phase: Phase, orders: tuple[int, ...] | None) -> tuple[Any, Any]:
+def _rdp_of(phase: Phase, orders: tuple[float, ...]) -> tuple[Any, Any]:
     import dp_accounting
     from dp_accounting.rdp import rdp_privacy_accountant
 
@@ -225,10 +225,13 @@ def _rdp_of(phase: Phase, orders: tuple[int, ...] | None) -> tuple[Any, Any]:
     return np.asarray(accountant._orders), np.asarray(accountant._rdp)
 
 
-def _rdp_epsilon(plan: Plan, delta: float, orders: tuple[int, ...] | None = None) -> float:
-    """None: the library's own grid of integer and fractional orders, finer and slower."""
+def _rdp_epsilon(plan: Plan, delta: float, orders: tuple[float, ...] | None = None) -> float:
+    """None: the library's own grid of integer and fractional orders, finer and slower, and ours, which has order 64."""
     from dp_accounting.rdp import rdp_privacy_accountant
 
+    if orders is None:
+        ours = _rdp_epsilon(plan, delta, INTEGER_ORDERS)
+        return min(ours, _rdp_epsilon(plan, delta, tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)))
     grid = _rdp_of(plan[0][0], orders)[0]
     total = sum(count * _rdp_of(phase, orders)[1] for phase, count in plan)
     return float(rdp_privacy_accountant.compute_epsilon(grid, total, delta)[0])

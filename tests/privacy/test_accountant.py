@@ -137,12 +137,23 @@ def test_the_exact_figure_lies_on_the_gaussian_curve_and_the_others_above_it(noi
 
 
 @settings(max_examples=15, deadline=None)
-@given(noise=st.floats(4, 20), rate=st.floats(0.001, 0.99), delta=st.floats(1e-10, 0.01))
+@given(noise=st.floats(4, 20), rate=st.floats(0.001, 0.99), delta=st.floats(1e-9, 0.01))
 def test_one_sampled_release_costs_what_its_closed_form_says(noise: float, rate: float, delta: float) -> None:
     ours = epsilon([event(noise, rate)], delta)
     assert sampled_delta(ours.pld, 1 / noise, rate) <= delta * (1 + 1e-9)
     assert ours.pld < 0.001 or sampled_delta(ours.pld - 0.001, 1 / noise, rate) > delta
     assert sampled_delta(ours.rdp, 1 / noise, rate) <= delta * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("delta", [9e-10, 1e-12, 1e-20, 1e-100])
+def test_a_delta_below_what_the_transforms_resolve_is_left_to_the_exact_curve_or_the_renyi_bound(delta: float) -> None:
+    sampled, unsampled = epsilon([event(2.0, 0.1, 50)], delta), epsilon([event(2.0, 1.0, 5)], delta)
+    assert 0 < sampled.pld == sampled.rdp < math.inf
+    assert unsampled.exact is not None
+    assert 0 < unsampled.pld == unsampled.exact < unsampled.rdp
+    assert sampled.pld > epsilon([event(2.0, 0.1, 50)], 1e-9).pld
+    noise = noise_multiplier_for(target_epsilon=1.0, delta=delta, sampling_rate=0.1, count=50)
+    assert epsilon_pld([event(noise, 0.1, 50)], delta) <= 1.0
 
 
 class TestNoCentralLimit:
@@ -351,6 +362,13 @@ class TestLargestCount:
             assert epsilon_pld([*before, *[one] * count], 1e-5) <= target
         if count < at_most:
             assert epsilon_pld([*before, *[one] * (count + 1)], 1e-5) > target
+
+    @pytest.mark.parametrize("count", [1, 5, 11])
+    def test_a_target_that_is_just_enough_is_enough_and_just_too_little_is_not(self, count: int) -> None:
+        one, before = event(10.0), [event(20.0, count=9)]
+        exactly = epsilon_pld([*before, *[one] * count], 1e-5)
+        for target, fits in [(exactly, count), (exactly * (1 - 1e-9), count - 1)]:
+            assert largest_count(one, target_epsilon=target, delta=1e-5, at_most=12, before=before) == fits
 
     def test_is_zero_when_not_one_fits_and_the_limit_when_all_do(self) -> None:
         assert largest_count(event(10.0), target_epsilon=0.1, delta=1e-5, at_most=10) == 0

@@ -126,7 +126,7 @@ class TestPlanning:
     def test_a_plan_just_within_the_budget_is_admitted_and_one_just_over_it_refused(self, holder: Holder) -> None:
         budget, cost = holder.start(), epsilon_pld([EVENT] * 3, DELTA)
         with pytest.raises(BudgetExceeded):
-            plan(budget, epsilon=cost * 0.999)
+            plan(budget, epsilon=cost * (1 - 1e-9))
         assert holder.kinds == ["open"]
         plan(budget, epsilon=cost)
         assert holder.kinds == ["open", "plan"]

@@ -35,7 +35,7 @@ from privacy.keys import IdentityKey
 from privacy.ledger import Ledger
 
 run = Path(tempfile.mkdtemp())
-toml = b"[privacy.record]\\ndelta = 1e-5\\n"
+toml = b"[training]\\nrounds = 1\\n[privacy.record]\\nepsilon = 5.0\\ndelta = 1e-5\\n"
 job = hashlib.sha256(toml).hexdigest()
 key = IdentityKey.create(run / "key.pem")
 budget = SiteBudget(Ledger(run / "ledgers" / "here.jsonl", "here", key))
@@ -47,7 +47,7 @@ spent = epsilon(charged(budget.ledger.entries), 1e-5).pld
 (run / "job.toml").write_bytes(toml)
 (run / "roster.json").write_text(json.dumps({"v": 1, "sites": {"here": key.public_hex}}))
 (run / "heads.jsonl").write_text(json.dumps({"round": 1, "heads": {"here": list(head)}}) + "\\n")
-line = {"round": 1, "epsilon": {"here": spent}, "contributors": ["here"]}
+line = {"round": 1, "epsilon": {"here": spent}, "contributors": ["here"], "failures": {}}
 (run / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
 claims = {"here": {"epsilon": spent, "delta": 1e-5}}
 summary = {"rounds": 1, "job_hash": job, "sites": claims, "epsilon": {"record": spent}}

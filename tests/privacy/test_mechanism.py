@@ -119,6 +119,14 @@ class TestClip:
         assert total.tolist() == [0] * rows.shape[1]
         assert total.dtype == np.int64
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_the_clip_is_shrunk_by_more_than_float64_errs_in_a_norm(self, sign: int) -> None:
+        # By 2^-24, then rounded toward zero: 1 becomes 2^20 - 2^-4 and one step less than 2^20.
+        row = np.array([[sign]], np.float32)
+        assert mechanism().quantised_sum(row).tolist() == [sign * (2**20 - 1)]
+        assert mechanism(0.5).quantised_sum(row).tolist() == [sign * (2**20 - 1)]
+        assert mechanism(2.0).quantised_sum(row).tolist() == [sign * (2**19 - 1)]
+
     @pytest.mark.parametrize("clip_norm", [2.0**-100, 1.0, 2.0**100])
     def test_float64_rows_are_bounded_as_well(self, clip_norm: float) -> None:
         for value in (5e-324, 1e-200, 1e-160, 1.0, 1e150, 1e160, 1.7e308):
