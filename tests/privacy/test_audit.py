@@ -845,7 +845,7 @@ def test_a_folder_in_the_place_of_a_file_is_a_finding(run: Run, name: str) -> No
     assert not audit_run(run.path).ok
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(name=st.sampled_from(["roster.json", "summary.json", "metrics.jsonl", "heads.jsonl"]), data=st.data())
 def test_any_value_anywhere_in_the_unsigned_files_never_raises(
     pristine: Run, tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
@@ -883,7 +883,7 @@ def vouched(files: Mapping[str, bytes]) -> object:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from([*FILES, "ledgers/bank-a.jsonl"]), position=st.integers(0), mask=st.integers(1, 255))
 def test_a_flip_of_any_byte_of_any_file_is_found_or_changes_nothing_that_the_audit_vouches_for(
     pristine: Run, tmp_path_factory: pytest.TempPathFactory, name: str, position: int, mask: int
