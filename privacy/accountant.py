@@ -225,6 +225,7 @@ def _rdp_of(phase: Phase, orders: tuple[float, ...]) -> tuple[Any, Any]:
     return np.asarray(accountant._orders), np.asarray(accountant._rdp)
 
 
+@lru_cache(maxsize=4096)
 def _rdp_epsilon(plan: Plan, delta: float, orders: tuple[float, ...] | None = None) -> float:
     """None: the library's own grid of integer and fractional orders, finer and slower, and ours, which has order 64."""
     from dp_accounting.rdp import rdp_privacy_accountant

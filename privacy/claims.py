@@ -32,8 +32,8 @@ def check_names(
         seen |= dict.fromkeys(summary["sites"], "summary.json")
         for site in sorted(set(roster) - set(summary["sites"])):
             report(site, None, "is in the roster, but summary.json leaves it out")
-    for site in sorted(set(seen) - set(roster)):
-        report(site, None, f"is named in {seen[site]}, but not in the roster")
+    for site in sorted(set(seen) - set(roster), key=str):
+        report(str(site), None, f"is named in {seen[site]}, but not in the roster")
 
 
 def check_rounds(report: Report, job: Record, summary: Record | None, rounds: Sequence[Record]) -> None:

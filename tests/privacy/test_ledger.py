@@ -632,7 +632,7 @@ class TestCrashesAndCompany:
         assert read_ledger(path, SITE, key.public_hex)[-1] == last
 
     def test_processes_appending_at_once_lose_nothing_of_each_other(self, tmp_path: Path) -> None:
-        path, key_file, count = tmp_path / "ledger.jsonl", tmp_path / "identity.pem", 60
+        path, key_file, count = tmp_path / "ledger.jsonl", tmp_path / "identity.pem", 150
         key = IdentityKey.create(key_file)
         with appending(path, key_file, "a", count) as a, appending(path, key_file, "b", count) as b:
             let_go(a)

@@ -47,7 +47,7 @@ def squared_norm(total: NDArray[np.int64]) -> int:
 
 
 class TestClip:
-    @settings(max_examples=200)
+    @settings(max_examples=120)
     @given(rows=any_rows | finite_rows, clip_norm=clip_norms)
     def test_no_row_whatsoever_exceeds_the_clip_norm_in_integers(self, rows: Rows, clip_norm: float) -> None:
         for row in rows:
@@ -62,7 +62,7 @@ class TestClip:
         assert len(np.unique(total)) == 1
         assert dimension * int(total[0]) ** 2 <= STEPS_PER_CLIP**2
 
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     @given(rows=finite_rows, clip_norm=st.floats(2.0**-40, 2.0**40))
     def test_a_row_within_the_clip_is_kept_to_one_grid_step_and_one_beyond_it_keeps_its_direction(
         self, rows: Rows, clip_norm: float

