@@ -2,7 +2,7 @@
 
     1. every chain and every signature, against the keys that the roster pins;
     2. truncation: the heads that the server kept each round, and the digests of them that the *other* sites signed;
-    3. epsilon, recomputed from the events by PLD and RDP, against what the run claims and last claimed while it trained;
+    3. epsilon, recomputed from the events by PLD and RDP, against what the run claims and last said as it trained;
     4. that each update that was counted has a committed reservation in its site's ledger, made for this very job.
 
 It believes no number that the run wrote down. It needs neither torch nor flwr.
