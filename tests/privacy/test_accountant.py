@@ -156,6 +156,13 @@ def test_a_delta_below_what_the_transforms_resolve_is_left_to_the_exact_curve_or
     assert epsilon_pld([event(noise, 0.05, 50)], delta) <= 1.0
 
 
+def test_the_discretisation_of_real_noise_does_not_move_a_figure_at_the_least_delta() -> None:
+    # A ledger's events always carry one: what the audit recomputes is this, not the figure without it.
+    history = [(1.0, 1e-6, 1_000_000)]
+    real = [dataclasses.replace(one, discretisation_tv=1e-25) for one in events_of(history)]
+    assert epsilon_pld(real, 1e-9) == pytest.approx(0.0425, abs=0.003)
+
+
 class TestNoCentralLimit:
     def test_no_figure_follows_the_central_limit_below_a_proven_lower_bound(self) -> None:
         too_low = [case for case, (*_, proven, limit) in GOLDEN.items() if limit is not None and limit < proven]
