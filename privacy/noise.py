@@ -1,4 +1,4 @@
-"""Exact discrete Gaussian noise and Poisson sampling from uniform 64-bit words.
+"""Exact discrete Gaussian and Skellam noise, and Poisson sampling, from uniform 64-bit words.
 
 Floating-point Gaussians leak through their low-order bits (Mironov 2012; Haney et al. 2022). Here noise is an integer,
 to be added to an integer, and no float decides a draw: words are compared with cumulative probabilities known to 256
@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -29,15 +29,20 @@ MIN_SCALE, MAX_SCALE = 0.1, 2.0**40
 MIN_CHARGED_SCALE = 16.0
 MAX_TABLE_SCALE = 1024
 FINE_SCALE, STRIDE = 512, 128
+MAX_SKELLAM_SCALE, MAX_SKELLAM_TABLE_SCALE = 2.0**16, 4096
 
 WORDS_PER_KEY = 2**24  # That is 2^23 blocks: an AES-CTR keystream is then within 2^46 / 2^129 = 2^-83 of uniform.
-CHUNK = 2**18  # Coordinates drawn at once, to bound the memory; 2^14 to 2^20 run equally fast.
+CHUNK = 2**18  # Coordinates drawn at once, to bound the memory. Part of every seeded stream: it must not change.
+# Words inverted at once. From 2^15 on the allocator hands memory back to the kernel after every block, and the page
+# faults halve the speed of draws of 2^16 to 2^18 coordinates and of a process's first draws.
+BLOCK = 2**14
 
 TAIL_SCALES = 13.4  # 2 Q(13.4) < 2^-133, so six tables (what scale 2^40 takes) together cut less than 2^-128.
 WORD_BITS, CUMULATIVE_BITS = 64, 256
 REFINING_WORDS = CUMULATIVE_BITS // WORD_BITS - 1
-WORKING_BITS = 384  # The recurrence for the weights loses 2 log2(13.4 * 1024) < 28 of them.
-GUIDE_SHIFT = np.uint64(WORD_BITS - 16)
+WORKING_BITS = 384  # The recurrences for the weights lose fewer than 28 of them.
+SKELLAM_TAIL_BITS = 137  # 256 tables (what scale 2^16 takes) together cut at most 2^-129.
+SKELLAM_START_BITS = CUMULATIVE_BITS + 64
 
 
 class NoiseSource(Protocol):
@@ -123,14 +128,23 @@ def discrete_gaussian(source: NoiseSource, scale: float, size: int) -> NDArray[n
 
     Raises ValueError for a negative size or a scale outside [0.1, 2^40].
     """
-    if not MIN_SCALE <= scale <= MAX_SCALE:
-        raise ValueError(f"the noise scale must lie in [{MIN_SCALE}, 2^40], got {scale}; choose another grid")
-    if size < 0:
-        raise ValueError(f"size must be 0 or more, got {size}")
-    noise = np.empty(size, np.int64)
-    for chunk in _chunks(size):
-        noise[chunk] = _draw(source, Fraction(scale) ** 2, chunk.stop - chunk.start)
-    return noise
+    return _draw(_gaussian, source, scale, size, MAX_SCALE)
+
+
+def skellam(source: NoiseSource, scale: float, size: int) -> NDArray[np.int64]:
+    """Draw `(size,) int64` independently from the difference of two Poissons of mean scale^2 / 2: variance scale^2.
+
+    P[x] = exp(-scale^2) I_|x|(scale^2), I the modified Bessel function. Sums of independent draws are Skellam again,
+    with the variances added, which discrete Gaussians are only almost (Agarwal, Kairouz & Liu 2021, arXiv:2110.04995).
+
+    *Guarantee.* On ideal words each coordinate's law is within 2^-128 of the Skellam law in total variation.
+
+    Up to scale 4096 a draw inverts a table of cumulative probabilities. Above, it is the sum of n = ceil(scale^2 /
+    4096^2) draws of variance scale^2 / n, kept as a fraction: n tables' time, 256 at scale 2^16.
+
+    Raises ValueError for a negative size or a scale outside [0.1, 2^16].
+    """
+    return _draw(_skellam, source, scale, size, MAX_SKELLAM_SCALE)
 
 
 def poisson_sample(source: NoiseSource, count: int, rate: float) -> NDArray[np.int64]:
@@ -144,7 +158,7 @@ def poisson_sample(source: NoiseSource, count: int, rate: float) -> NDArray[np.i
     if count < 0:
         raise ValueError(f"count must be 0 or more, got {count}")
     threshold = int(math.ldexp(rate, WORD_BITS))
-    picked = [c.start + np.flatnonzero(source.words(c.stop - c.start) < threshold) for c in _chunks(count)]
+    picked = [c.start + np.flatnonzero(source.words(c.stop - c.start) < threshold) for c in _chunks(count, CHUNK)]
     return np.concatenate([np.empty(0, np.int64), *picked])
 
 
@@ -178,61 +192,131 @@ def discretisation_tv(scale: float, coordinates: int, draws: int) -> float:
     return min(1.0, math.sqrt(chi_square) / 2 + n * 2.0**-128)
 
 
-def _chunks(size: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
+def _chunks(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
-def _draw(source: NoiseSource, variance: Fraction, size: int) -> NDArray[np.int64]:
-    if variance <= MAX_TABLE_SCALE**2:
-        return _table(variance).draw(source, size)
-    fine = _table(Fraction(FINE_SCALE**2)).draw(source, size)
-    return fine + STRIDE * _draw(source, (variance - FINE_SCALE**2) / STRIDE**2, size)
+def _draw(
+    law: Callable[[NoiseSource, Fraction, NDArray[np.int64]], None],
+    source: NoiseSource,
+    scale: float,
+    size: int,
+    max_scale: float,
+) -> NDArray[np.int64]:
+    if not MIN_SCALE <= scale <= max_scale:
+        bounds = f"[{MIN_SCALE}, 2^{math.log2(max_scale):.0f}]"
+        raise ValueError(f"the noise scale must lie in {bounds}, got {scale}; choose another grid")
+    if size < 0:
+        raise ValueError(f"size must be 0 or more, got {size}")
+    noise = np.empty(size, np.int64)
+    for chunk in _chunks(size, CHUNK):
+        law(source, Fraction(scale) ** 2, noise[chunk])
+    return noise
+
+
+def _gaussian(source: NoiseSource, variance: Fraction, out: NDArray[np.int64]) -> None:
+    large = variance > MAX_TABLE_SCALE**2
+    _table(_gaussian_weights, Fraction(FINE_SCALE**2) if large else variance).draw(source, out)
+    if large:
+        coarse = np.empty_like(out)
+        _gaussian(source, (variance - FINE_SCALE**2) / STRIDE**2, coarse)
+        out += STRIDE * coarse
+
+
+def _skellam(source: NoiseSource, variance: Fraction, out: NDArray[np.int64]) -> None:
+    parts = math.ceil(variance / MAX_SKELLAM_TABLE_SCALE**2)
+    table = _table(_skellam_weights, variance / parts)
+    table.draw(source, out)
+    for _ in range(parts - 1):
+        part = np.empty_like(out)
+        table.draw(source, part)
+        out += part
 
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """Holds P[X <= x] of N_Z for x = -reach, ..., reach - 1, as 256-bit fractions and as their top words."""
+    """Holds P[X <= x] for x = -reach, ..., reach - 1, as 256-bit fractions and as their top words."""
 
     reach: int
     cumulative: list[int]
     tops: NDArray[np.uint64]
-    guide: NDArray[np.int32]  # (2^16,) by a word's leading bits: how many tops are below it, or -1 if one shares them.
+    guide: NDArray[np.int32]  # By a word's leading bits: how many tops are below it, or -1 if one shares them.
+    guide_shift: np.uint64
 
-    def draw(self, source: NoiseSource, size: int) -> NDArray[np.int64]:
-        words = source.words(size)
-        below: NDArray[np.int32] = self.guide[words >> GUIDE_SHIFT]
-        # Searching for every word takes four times as long; at scale 512 the guide leaves 1 in 20.
-        searched = np.flatnonzero(below < 0)
-        found = np.searchsorted(self.tops, words[searched])
-        below[searched] = found
-        # A word equal to a top could lie on either side of it. The last top is 2^64 - 1, so `found` is never past it.
-        undecided = searched[self.tops[found] == words[searched]]
-        refinements = source.words(REFINING_WORDS * len(undecided)).reshape(-1, REFINING_WORDS)
-        for position, refinement in zip(undecided, refinements, strict=True):
-            fraction = int(words[position])
-            for word in refinement:
-                fraction = fraction << WORD_BITS | int(word)
-            below[position] = bisect_right(self.cumulative, fraction)
-        return below.astype(np.int64) - self.reach
+    def draw(self, source: NoiseSource, out: NDArray[np.int64]) -> None:
+        for block in _chunks(len(out), BLOCK):
+            words = source.words(block.stop - block.start)
+            # Viewed as signed because numpy would copy any other index; no shifted word is negative.
+            below: NDArray[np.int32] = self.guide[(words >> self.guide_shift).view(np.int64)]
+            # Searching for every word takes four times as long; at scale 512 the guide leaves 1 in 20.
+            searched = np.flatnonzero(below < 0)
+            found = np.searchsorted(self.tops, words[searched])
+            below[searched] = found
+            # A word equal to a top could lie on either side of it. The last top is 2^64 - 1: `found` is never past it.
+            undecided = searched[self.tops[found] == words[searched]]
+            refinements = source.words(REFINING_WORDS * len(undecided)).reshape(-1, REFINING_WORDS)
+            for position, refinement in zip(undecided, refinements, strict=True):
+                fraction = int(words[position])
+                for word in refinement:
+                    fraction = fraction << WORD_BITS | int(word)
+                below[position] = bisect_right(self.cumulative, fraction)
+            np.subtract(below, self.reach, out=out[block])
 
 
-@lru_cache(maxsize=32)  # Under 3 MB each.
-def _table(variance: Fraction) -> _Table:
+@lru_cache(maxsize=16)  # Under 12 MB each.
+def _table(weights_of: Callable[[Fraction], list[int]], variance: Fraction) -> _Table:
+    weights = weights_of(variance)
+    sums = list(accumulate(weights[:0:-1] + weights))
+    cumulative = [(partial << CUMULATIVE_BITS) // sums[-1] for partial in sums[:-1]]
+    tops = np.array([entry >> (CUMULATIVE_BITS - WORD_BITS) for entry in cumulative], np.uint64)
+    # Four to eight leading values a top: with more, the largest table's guide would outgrow the cache.
+    guide_bits = max(16, len(tops).bit_length() + 2)
+    guide_shift = np.uint64(WORD_BITS - guide_bits)
+    sharing = np.bincount((tops >> guide_shift).astype(np.int64), minlength=2**guide_bits)
+    guide = np.where(sharing, -1, np.cumsum(sharing)).astype(np.int32)
+    return _Table(len(weights) - 1, cumulative, tops, guide, guide_shift)
+
+
+def _gaussian_weights(variance: Fraction) -> list[int]:
+    """Return P[x] / P[0] of N_Z(0, variance) for x = 0, ..., reach, in steps of 2^-384."""
     context = mpmath.MPContext()  # Not mpmath.mp: all threads share its precision.
     context.prec = WORKING_BITS + WORD_BITS
     rate = context.mpf(variance.denominator) / (2 * variance.numerator)
     ratio, ratio_step = (int(context.ldexp(context.exp(-n * rate), WORKING_BITS)) for n in (1, 2))
 
-    reach = math.ceil(TAIL_SCALES * math.sqrt(variance))
     weights = [1 << WORKING_BITS]
-    for _ in range(reach):  # exp(-rate (x + 1)^2) = exp(-rate x^2) ratio_x with ratio_x = exp(-rate (2 x + 1)).
+    # exp(-rate (x + 1)^2) = exp(-rate x^2) ratio_x with ratio_x = exp(-rate (2 x + 1)): 2 log2(13.4 * 1024) bits lost.
+    for _ in range(math.ceil(TAIL_SCALES * math.sqrt(variance))):
         weights.append(weights[-1] * ratio >> WORKING_BITS)
         ratio = ratio * ratio_step >> WORKING_BITS
-    sums = list(accumulate(weights[:0:-1] + weights))
-    cumulative = [(partial << CUMULATIVE_BITS) // sums[-1] for partial in sums[:-1]]
+    return weights
 
-    tops = np.array([entry >> (CUMULATIVE_BITS - WORD_BITS) for entry in cumulative], np.uint64)
-    leading = tops >> GUIDE_SHIFT
-    guide = np.searchsorted(leading, np.arange(2**16, dtype=np.uint64)).astype(np.int32)
-    guide[leading] = -1
-    return _Table(reach, cumulative, tops, guide)
+
+def _skellam_weights(variance: Fraction) -> list[int]:
+    """Return P[x] of the Skellam law for x = 0, ..., reach, up to one factor.
+
+    Miller's backward recurrence, I_{x-1}(v) = I_{x+1}(v) + (2 x / v) I_x(v) from (0, 1) at (N + 1, N), gives I_x up to
+    a factor and to -+ I_{N+1} K_x / K_{N+1}, which is at most I_{N+1} as K_x grows with x. N is chosen so that
+    I_{N+1} / I_0 <= 2^-320 / P[0], and P[0] > 2^-15, as the mode of a law that has 8/9 of its mass within 3 scales.
+
+    All terms are positive, so relative errors do not grow, only add up, one a step. The second value is 2 N / v > 2^-7
+    times the first and none is smaller, so each error is below 2^-377: fewer than 24 bits are lost in N < 2^17 steps.
+    """
+    reach, start = (_skellam_reach(variance, bits) for bits in (SKELLAM_TAIL_BITS, SKELLAM_START_BITS))
+    above, weights = 0, [1 << WORKING_BITS]
+    for x in range(start, 0, -1):
+        here = weights[-1]
+        weights.append(above + here * (2 * x * variance.denominator) // variance.numerator)
+        above = here
+    return weights[::-1][: reach + 1]
+
+
+def _skellam_reach(variance: Fraction, bits: int) -> int:
+    """Return an x with P[|X| > x] <= 2^-bits, by Bernstein's inequality.
+
+    With v the variance and 0 <= t < 3, log E[exp(t X)] = v (cosh t - 1) <= v (t^2 / 2) / (1 - t / 3), termwise, so that
+    P[|X| >= x] <= 2 exp(-x^2 / (2 (v + x / 3))); x solves for 2^-bits. A Gaussian's tail would be too light: at scale 1
+    the law keeps 2^-127 beyond 27 scales. The ceiling is a margin that no float rounding here uses up.
+    """
+    nats = (bits + 1) * math.log(2)
+    return math.ceil(nats / 3 + math.sqrt(nats**2 / 9 + 2 * nats * variance))
