@@ -23,6 +23,7 @@ from client.tasks import initial_model, task_for
 from client.training import Trainer
 from privacy.noise import OsNoise
 from server.collect import PlainCollector
+from server.release import PlainRelease
 from server.rounds import run_rounds
 from simulations.inline import InlineTransport
 from strategies.catalogue import strategy_for
@@ -84,18 +85,21 @@ class Inline:
                 trainer=trainer,
                 records=by_name[name],
                 noise=lambda _: OsNoise(),
+                guard_noise=lambda _: OsNoise(),
                 files=None,
                 simulation=True,
             )
 
-        self._collector = PlainCollector(InlineTransport(open_client), layout_for(job, trainer.parameters.size))
+        self._collector = PlainCollector(InlineTransport(open_client))
+        self._release = PlainRelease(layout_for(job, trainer.parameters.size))
         self.model = self._start
 
     def run(self) -> None:
         self.model = run_rounds(
             ServerState(self._start),
             job=self._job,
-            sites=self._names,
+            release=self._release,
+            cohort=lambda _: self._names,
             strategy=self._strategy,
             collector=self._collector,
             evaluate=lambda _: {},

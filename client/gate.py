@@ -1,8 +1,8 @@
 """The gate: the last code to touch what leaves a site.
 
-The order is the guarantee: check the request -> reserve in the site's own ledger -> train -> check the contribution
--> write it to the outbox -> commit its hash -> reply. Nothing leaves without a committed entry; a crash anywhere
-leaves either nothing spent, or spent and nothing lost:
+The order is the guarantee: check the request -> reserve in the site's own ledger -> train -> bound the contribution
+(`Guard`) and check it -> write it to the outbox -> commit its hash -> reply. Nothing leaves without a committed entry;
+a crash anywhere leaves either nothing spent, or spent and nothing lost:
 
 | a crash after ...  | the ledger says  | asked again for the same round and model, the site ...          |
 |--------------------|------------------|------------------------------------------------------------------|
@@ -22,9 +22,11 @@ import numpy as np
 from privacy.budget import SiteBudget
 from privacy.durable import write_atomically
 from privacy.errors import BudgetExceeded, FedchorusError
-from strategies.messages import Ask, Refusal, Reply, check_ask
+from privacy.mechanism import GaussianSum, clip_in_place
+from privacy.noise import NoiseSource
+from strategies.messages import Ask, MalformedMessage, Refusal, Reply, check_ask
 from strategies.parameters import Vector, vector_hash
-from strategies.total import Layout
+from strategies.total import BELOW_CLIP, Layout
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,38 @@ class Outbox:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """Bounds one client's whole contribution before it leaves, and with local noise makes it private.
+
+    Guarantee: the update has L2 norm at most the round's clip norm and weighs 1, whatever was trained on whatever
+    rows. With `local` what leaves is a release of that mechanism, whose sensitivity is the clip norm.
+
+    | an update that is | leaves as                                                                     |
+    |-------------------|-------------------------------------------------------------------------------|
+    | too long          | itself, scaled down to the clip norm                                          |
+    | NaN or infinite   | zero: an error would reveal its client                                        |
+    | zero, or no rows  | zero; with local noise, noise                                                 |
+    """
+
+    layout: Layout
+    clip_norm: float | None  # None: the one that the server asks for, which moves.
+    local: GaussianSum | None
+    noise: Callable[[int], NoiseSource]
+
+    def apply(self, contribution: Vector, ask: Ask) -> None:
+        """Bound `contribution` ((layout.size,) float32) in place."""
+        update = contribution[: self.layout.parameters]
+        clip_norm = self.clip_norm if self.clip_norm is not None else ask.clip_norm
+        if clip_norm is None:
+            raise MalformedMessage("the request names no clip norm")
+        within = clip_in_place(update, clip_norm)
+        if self.local is not None:
+            update[:] = self.local.release(self.local.quantised_sum(update[None]), self.noise(ask.round_number))
+        metrics = {BELOW_CLIP: 0.5 if within else -0.5}
+        contribution[self.layout.parameters :] = [1.0, *(metrics[name] for name in self.layout.metrics)]
+
+
+@dataclass(frozen=True)
 class Account:
     """What a protected job is charged to at this site."""
 
@@ -56,12 +90,17 @@ class Account:
 
 @dataclass(frozen=True)
 class Gate:
-    """One site's gate for one job. `account` is None for a job without differential privacy: nothing bounds it."""
+    """One site's gate for one job.
+
+    `account` is None where nothing is charged to this site: a job without differential privacy, or one whose noise the
+    server adds. `guard` is there where whole clients are protected.
+    """
 
     site: str
     job: str
     layout: Layout
     account: Account | None
+    guard: Guard | None = None
 
     def pass_through(self, ask: Ask, train: Callable[[], Vector]) -> Reply | Refusal:
         """Answer `ask` with what `train` returns ((layout.size,) float32), in the order above.
@@ -71,7 +110,7 @@ class Gate:
         """
         check_ask(ask, job=self.job, parameters=self.layout.parameters)
         if self.account is None:
-            return Reply(self.site, self.job, ask.round_number, self._checked(train()), None)
+            return Reply(self.site, self.job, ask.round_number, self._checked(train(), ask), None)
         budget, outbox = self.account.budget, self.account.outbox
         sent = budget.committed(job=self.job, round_number=ask.round_number, model=ask.model_hash)
         if sent is not None and (again := outbox.get(sent)) is not None:
@@ -82,13 +121,15 @@ class Gate:
             )
         except BudgetExceeded:
             return Refusal(self.site, self.job, ask.round_number)
-        contribution = self._checked(train())
+        contribution = self._checked(train(), ask)
         outbox.put(contribution)
         head = budget.commit(reservation, output=vector_hash(contribution))
         return Reply(self.site, self.job, ask.round_number, contribution, head)
 
-    def _checked(self, contribution: Vector) -> Vector:
+    def _checked(self, contribution: Vector, ask: Ask) -> Vector:
         assert contribution.shape == (self.layout.size,)
+        if self.guard is not None:
+            self.guard.apply(contribution, ask)
         with np.errstate(invalid="ignore"):  # Infinities of both signs add up to NaN.
             finite = np.isfinite(np.sum(contribution, dtype=np.float64))
         if not finite:

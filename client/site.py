@@ -11,21 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from client.data import Records
-from client.gate import Account, Gate, Outbox
+from client.gate import Account, Gate, Guard, Outbox
 from client.training import DeviceRecords, Trainer
 from privacy.accountant import noise_multiplier_for
-from privacy.budget import SiteBudget, check_affordable
+from privacy.budget import Accounts, JobAccount, Limit, SiteBudget
 from privacy.dpsgd import RecordLevelSgd
-from privacy.events import GaussianEvent
+from privacy.errors import JobError
+from privacy.events import UNIT_CLIENT, UNIT_RECORD, GaussianEvent
 from privacy.keys import IdentityKey
 from privacy.ledger import Ledger
 from privacy.mechanism import GaussianSum
 from privacy.noise import NoiseSource
-from strategies.job import Job
+from strategies.job import Job, Protection
 from strategies.messages import Ask, Refusal, Reply
 from strategies.parameters import Vector
 from strategies.protocol import Strategy
-from strategies.total import Layout
+from strategies.total import BELOW_CLIP, Layout
 
 TRAINING_METRICS = ("loss", "examples")
 
@@ -43,48 +44,88 @@ class Files:
 class SitePlan:
     """What a job will do at a site with so many training rows, and what each round will cost it.
 
-    `sgd` and `event` are None when the job asks for no record-level privacy.
+    `sgd` is None where no record-level privacy is asked for, `local` where no local noise protects the whole client.
+    `events` is what one round releases; empty where nothing is charged to the site.
     """
 
     rows: int
     sgd: RecordLevelSgd | None = None
-    event: GaussianEvent | None = None
+    local: GaussianSum | None = None
+    events: tuple[GaussianEvent, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    rounds: int = 0
 
     @classmethod
     def make(
-        cls, job: Job, *, rows: int, parameters: int, rng: str, site: str, noise_multiplier: float | None = None
+        cls,
+        job: Job,
+        *,
+        rows: int,
+        parameters: int,
+        rng: str,
+        site: str,
+        noise_multiplier: float | None = None,
+        layers: tuple[int, ...] = (),
     ) -> SitePlan:
         """Calibrate the noise for a target; refuse a plan that exceeds its budget (`BudgetExceeded`).
 
-        `noise_multiplier` is what an earlier call for the same job found: it is checked against the budget, not
-        searched for again.
+        `noise_multiplier` is what an earlier call for the same job found for the records: it is checked against the
+        budget, not searched for again. `layers` are the sizes of the model's arrays, for clipping each by itself.
+        Raises `JobError` for a delta that one record of the site could spend on being published.
         """
         record, training = job.privacy.record, job.training
-        if record is None:
+        if not job.privacy.at_sites:
             return cls(rows)
-        rate, steps = training.rate_for(rows), training.steps_for(rows)
-        rounds = training.rounds + record.spare_rounds
-        noise = record.noise_multiplier or noise_multiplier
-        if noise is None:
-            assert record.epsilon is not None
-            noise = noise_multiplier_for(
-                target_epsilon=record.epsilon, delta=record.delta, sampling_rate=rate, count=steps * rounds
-            )
-        sgd = RecordLevelSgd(
-            mechanism=GaussianSum(clip_norm=record.clip_norm, noise_multiplier=noise), sampling_rate=rate, steps=steps
-        )
-        event = sgd.event(dimension=parameters, rng=rng)
-        check_affordable(event, rounds=rounds, epsilon=record.epsilon, delta=record.delta, site=site)
-        return cls(rows, sgd, event)
+        rounds = training.rounds + max(own.spare_rounds for own in job.privacy.at_sites)
+        events, limits, sgd, local = [], [], None, None
+        if record is not None:
+            if record.delta >= 1 / rows:
+                raise JobError(
+                    f"{site}: privacy.record.delta is {record.delta:g}, not below 1/{rows}, one over its training "
+                    "rows: it would allow to publish one of them outright"
+                )
+            rate, steps = training.rate_for(rows), training.steps_for(rows)
+            noise = record.noise_multiplier or noise_multiplier or _calibrated(record, rate, steps * rounds)
+            mechanism = _mechanism(record, noise, layers)
+            sgd = RecordLevelSgd(mechanism=mechanism, sampling_rate=rate, steps=steps)
+            events.append(sgd.event(dimension=parameters, rng=rng))
+            limits.append(Limit(unit=UNIT_RECORD, epsilon=record.epsilon, delta=record.delta))
+        if (client := job.privacy.local) is not None:
+            noise = client.noise_multiplier or _calibrated(client, 1.0, rounds)
+            local = _mechanism(client, noise, layers)
+            # Who takes part is seen by the server, so nothing is amplified: every round counts in full.
+            events.append(local.event(sampling_rate=1.0, count=1, dimension=parameters, rng=rng, unit=UNIT_CLIENT))
+            limits.append(Limit(unit=UNIT_CLIENT, epsilon=client.epsilon, delta=client.delta))
+        plan = cls(rows, sgd, local, tuple(events), tuple(limits), rounds)
+        account = JobAccount(job.hash, job.purpose, rounds, plan.events, None, plan.limits)
+        Accounts(site).check_affordable(account)
+        return plan
+
+
+def _mechanism(own: Protection, noise: float, layers: tuple[int, ...]) -> GaussianSum:
+    apart = layers if own.clipping == "per-layer" else ()
+    return GaussianSum(clip_norm=own.clip_norm, noise_multiplier=noise, layers=apart)
+
+
+def _calibrated(own: Protection, rate: float, count: int) -> float:
+    assert own.epsilon is not None
+    return noise_multiplier_for(target_epsilon=own.epsilon, delta=own.delta, sampling_rate=rate, count=count)
 
 
 def layout_for(job: Job, parameters: int) -> Layout:
-    """Record-level privacy sends no training metrics: each would be one more release of the records."""
-    return Layout(parameters, () if job.privacy.record is not None else TRAINING_METRICS)
+    """With privacy no training metrics are sent: each would be one more release."""
+    central = job.privacy.central
+    if central is not None and central.adaptive_clip is not None:
+        return Layout(parameters, (BELOW_CLIP,))
+    return Layout(parameters, () if job.privacy.record or job.privacy.client else TRAINING_METRICS)
 
 
 class Site:
-    """A data holder's client. `noise` makes the source for one round, so a simulation can seed each round by itself."""
+    """A data holder's client.
+
+    `noise` makes the source of one round's training and `guard_noise` that of its local noise, so a simulation can seed
+    each by itself.
+    """
 
     def __init__(
         self,
@@ -96,11 +137,13 @@ class Site:
         trainer: Trainer,
         records: Records,
         noise: Callable[[int], NoiseSource],
+        guard_noise: Callable[[int], NoiseSource],
         files: Files | None,
         simulation: bool,
     ) -> None:
         self._name = name
-        self._job, self._plan, self._strategy, self._trainer, self._noise = job, plan, strategy, trainer, noise
+        self._job, self._plan, self._strategy, self._trainer = job, plan, strategy, trainer
+        self._noise, self._guard_noise = noise, guard_noise
         self._records: DeviceRecords = trainer.place(records)
         self._layout = layout_for(job, trainer.parameters.size)
         self._files, self._simulation = files, simulation
@@ -125,30 +168,34 @@ class Site:
             metrics = self._trainer.train(
                 self._records, seed=training_seed(self._job.seed, self._name, ask.round_number)
             )
-        contribution = np.empty(self._layout.size, dtype=np.float32)
+        contribution = np.zeros(self._layout.size, dtype=np.float32)
         update = contribution[: self._layout.parameters]
         weight = self._strategy.contribution(ask.model, self._trainer.read(), rows=self._plan.rows, out=update)
-        contribution[self._layout.parameters :] = [weight, *(metrics[name] for name in self._layout.metrics)]
+        contribution[self._layout.parameters] = weight
+        for position, name in enumerate(self._layout.metrics, start=self._layout.parameters + 1):
+            contribution[position] = metrics.get(name, 0.0)
         return contribution
 
     def _open_gate(self) -> Gate:
         """Open the ledger on first contact: a site that is never asked writes nothing."""
-        record, account = self._job.privacy.record, None
-        if record is not None:
-            files, event = self._files, self._plan.event
-            assert files is not None, "a private job needs a ledger"
-            assert event is not None, "a private job needs an event to charge"
+        plan, account, guard = self._plan, None, None
+        if plan.events:
+            assert self._files is not None, "a private job needs a ledger"
+            files = self._files
             budget = SiteBudget(Ledger(files.ledger, self._name, IdentityKey.load(files.identity)))
-            budget.open(rows=self._plan.rows, simulation=self._simulation)
+            budget.open(rows=plan.rows, simulation=self._simulation, dataset=self._job.data.dataset)
             budget.plan(
                 job=self._job.hash,
-                event=event,
-                rounds=self._job.training.rounds + record.spare_rounds,
-                epsilon=record.epsilon,
-                delta=record.delta,
+                events=plan.events,
+                rounds=plan.rounds,
+                limits=plan.limits,
+                purpose=self._job.purpose,
             )
             account = Account(budget, Outbox(files.outbox))
-        return Gate(self._name, self._job.hash, self._layout, account)
+        if (client := self._job.privacy.client) is not None:
+            fixed = None if client.adaptive_clip is not None else client.clip_norm
+            guard = Guard(self._layout, fixed, plan.local, self._guard_noise)
+        return Gate(self._name, self._job.hash, self._layout, account, guard)
 
 
 def training_seed(seed: int, site: str, round_number: int) -> int:

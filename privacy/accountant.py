@@ -1,17 +1,20 @@
 """Accountants: from events to epsilon, by methods that bound and never guess.
 
-| method  | what it is                                                | when it speaks               |
-|---------|-----------------------------------------------------------|------------------------------|
-| `pld`   | privacy loss distributions, pessimistic grid of <= 1e-4   | the figure reported; below   |
-|         |                                                           | delta 1e-9 exact or `rdp`    |
-| `rdp`   | Rényi DP, integer and fractional orders: the cross-check  | always                       |
-| `exact` | the analytic Gaussian curve                               | when nothing was sampled     |
+| method   | what it is                                                     | when it speaks                        |
+|----------|----------------------------------------------------------------|---------------------------------------|
+| `pld`    | privacy loss distributions (`privacy.pld`): the figure reported | always; where nothing was sampled it  |
+|          |                                                                | is `exact`, where it gives up `rdp`   |
+| `rdp`    | Rényi DP, integer and fractional orders: the cross-check       | always                                |
+| `exact`  | the analytic Gaussian curve                                    | when nothing was sampled              |
+| `bounds` | a proven interval that holds the true epsilon (`privacy.prv`)  | unless it would be absurdly wide      |
 
-PLD: Doroshenko et al. 2022 (arXiv:2207.04380), connect-the-dots, as in dp-accounting. RDP of the sampled
-Gaussian: Mironov, Talwar, Zhang 2019 (arXiv:1908.10530). Exact: Balle and Wang 2018 (arXiv:1805.06530), Thm. 8.
-The central-limit (GDP) approximation is not here: it falls below proven lower bounds.
+`pld`, `rdp` and `bounds` come from three implementations that share no code; the second is dp-accounting's. Sources:
+Mironov, Talwar, Zhang 2019 (arXiv:1908.10530), the RDP of the sampled Gaussian; Balle and Wang 2018 (arXiv:1805.06530),
+Thm. 8, the exact curve; Zhu, Dong, Wang 2022 (arXiv:2106.08567), samples of fixed size. The central-limit (GDP)
+approximation is not here: it falls below proven lower bounds.
 
-All epsilons are for add/remove-one of a record.
+An epsilon is for one unit under the adjacency that its events name. Replace-one doubles what a unit can move, so the
+noise counts for half.
 """
 
 from __future__ import annotations
@@ -25,23 +28,21 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
+from privacy.correlated import Banded, BufferedToeplitz, Participation, rounded_sensitivity
+from privacy.distributed import discrete_gaussian_rdp
 from privacy.errors import UnsupportedEvent
-from privacy.events import LEAST_NOISE, GaussianEvent
+from privacy.events import LEAST_NOISE, REPLACE_ONE, CorrelatedEvent, Event, GaussianEvent
+from privacy.pld import GRID, Phase, Plan, pld_epsilon
+from privacy.prv import Bounds, epsilon_bounds
 
-# Discretisation intervals of the privacy loss; the result is an upper bound whatever they are. The first serves unless
-# it is so coarse, for very many releases of very little each, that the Rényi bound is below the result.
-GRIDS = (1e-4, 2.5e-5, 6.25e-6)
-COARSE = (1e-3,)  # For searching alone.
-LEAST_PLD_DELTA = 0.95e-9  # Below 1e-9 by more than discretisation takes from a delta of 1e-9.
-INTEGER_ORDERS = (*range(2, 65), 128, 256, 512)
+COARSE = 1e-3  # A grid for searching alone; the result is an upper bound on any.
+WHOLE_ORDERS = (*range(2, 65), 128, 256, 512)
 # dp-accounting logs each fractional order it leaves out; fewer orders only loosen an upper bound.
 logging.getLogger("absl").setLevel(logging.ERROR)
-
-Phase = tuple[float, float]  # (noise_multiplier, sampling_rate): what one release costs.
-Plan = tuple[tuple[Phase, int], ...]  # Phases with how often each was released, sorted.
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class Epsilon:
         return {"delta": self.delta, "pld": self.pld, "rdp": self.rdp, "exact": self.exact}
 
 
-def epsilon(events: Iterable[GaussianEvent], delta: float) -> Epsilon:
+def epsilon(events: Iterable[Event], delta: float) -> Epsilon:
     """Compose `events` and bound epsilon at `delta` by each method.
 
     Guarantee: everything the events describe, taken together and chosen in advance, is (epsilon, delta)-DP for
-    the events' unit under add/remove-one, for each of the figures. No events cost 0. The discretisation of the
+    the events' unit, for each of the figures. No events cost 0. The discretisation of the
     noise is paid out of delta, not neglected: an (eps, d)-DP Gaussian whose law is moved by `tv` in total
     variation is (eps, d + (1 + e^eps) tv)-DP.
 
@@ -80,7 +81,7 @@ def epsilon(events: Iterable[GaussianEvent], delta: float) -> Epsilon:
     )
 
 
-def epsilon_pld(events: Sequence[GaussianEvent], delta: float) -> float:
+def epsilon_pld(events: Sequence[Event], delta: float) -> float:
     """The reported figure alone: `epsilon(events, delta).pld`, without the cost of the others."""
     _check_delta(delta)
     return _after_discretisation(_pld_epsilon, _plan(events), delta, _tv(events)) if events else 0.0
@@ -99,18 +100,18 @@ def noise_multiplier_for(*, target_epsilon: float, delta: float, sampling_rate: 
     if not (target_epsilon > 0 and math.isfinite(target_epsilon)):
         raise UnsupportedEvent(f"epsilon must be a finite number > 0, got {target_epsilon!r}")
 
-    def pld(noise: float, grids: tuple[float, ...] = GRIDS) -> float:
-        return _pld_epsilon((((noise, sampling_rate), count),), delta, grids)
+    def pld(noise: float, grid: float = GRID) -> float:
+        return _pld_epsilon((((noise, sampling_rate), count),), delta, grid)
 
-    def rdp(noise: float) -> float:
-        return _rdp_epsilon((((noise, sampling_rate), count),), delta, INTEGER_ORDERS)
+    def coarsely(noise: float) -> float:
+        return pld(noise, COARSE)
 
-    # The Rényi bound at integer orders costs a millisecond per trial and brackets the answer from above; a coarse grid
-    # comes close to it in a tenth of a second per trial; the grid that counts then needs two or three.
-    high = _bracket(rdp, target_epsilon)
-    if pld(high) > target_epsilon:
-        raise UnsupportedEvent(f"no noise multiplier up to {high:g} reaches epsilon {target_epsilon:g} here")
-    near = _least(lambda noise: pld(noise, COARSE), target_epsilon, start=high, safe=high)
+    high = 1.0
+    while coarsely(high) > target_epsilon:
+        high *= 4
+        if high > 2**14:
+            raise UnsupportedEvent(f"no noise multiplier up to {high / 4:g} reaches epsilon {target_epsilon:g} here")
+    near = _least(coarsely, target_epsilon, start=high, safe=high)
     return _least(pld, target_epsilon, start=near, safe=high)
 
 
@@ -139,18 +140,43 @@ def _least(cost_of: Callable[[float], float], target: float, *, start: float, sa
     return safe
 
 
-def largest_count(
-    event: GaussianEvent, *, target_epsilon: float, delta: float, at_most: int, before: Sequence[GaussianEvent] = ()
-) -> int:
-    """How many repetitions of `event` (0 to `at_most`) fit into `target_epsilon` after `before`, by PLD."""
-    low, high = 0, at_most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if epsilon_pld([*before, *[event] * middle], delta) <= target_epsilon:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+def bounds(events: Iterable[Event], delta: float) -> Bounds | None:
+    """Bracket the true epsilon of `events` at `delta`: lower <= epsilon <= upper, proven; None where nothing is known.
+
+    Where nothing was sampled the exact curve is all three. The discretisation of the noise, as in `epsilon`, is taken
+    off delta for the upper end alone.
+    """
+    _check_delta(delta)
+    released = list(events)
+    if not released:
+        return Bounds(0.0, 0.0, 0.0)
+    plan, tv = _plan(released), _tv(released)
+    paid = delta - _price(plan, delta, tv)
+    if _unsampled(plan):
+        lower, upper = _exact_epsilon(plan, delta), _exact_epsilon(plan, paid)
+        return Bounds(lower, lower, upper)
+    try:
+        within = _bounds(plan, paid)
+        return Bounds(_bounds(plan, delta).lower, within.estimate, within.upper)
+    except UnsupportedEvent:
+        return None
+
+
+def rdp_at(events: Iterable[Event], order: int) -> float:
+    """Rényi DP of a whole `order` >= 2 of all `events` together: what a privacy filter adds up.
+
+    Guarantee: it may be added up even where later events were chosen after earlier releases were seen, and stopped
+    before a bound fixed in advance is exceeded (Feldman and Zrnic 2021, arXiv:2008.11193, Thm. 4.3).
+    """
+    return math.fsum(count * float(_whole_order_rdp(phase, (order,))[0]) for phase, count in _plan(events))
+
+
+def rdp_to_epsilon(order: float, rdp: float, delta: float) -> float:
+    """The epsilon at `delta` of whatever has Rényi DP `rdp` at `order` (Canonne, Kamath, Steinke 2020, Prop. 12)."""
+    _check_delta(delta)
+    if not (order > 1 and rdp >= 0):
+        raise UnsupportedEvent(f"order must be > 1 and rdp >= 0, got {order!r} and {rdp!r}")
+    return max(0.0, rdp + math.log1p(-1 / order) - math.log(delta * order) / (order - 1))
 
 
 def _check_delta(delta: float) -> None:
@@ -158,14 +184,27 @@ def _check_delta(delta: float) -> None:
         raise UnsupportedEvent(f"delta must lie between 0 and 1, got {delta!r}")
 
 
-def _plan(events: Iterable[GaussianEvent]) -> Plan:
+def _plan(events: Iterable[Event]) -> Plan:
     phases: Counter[Phase] = Counter()
     for event in events:
-        phases[(float(event.noise_multiplier), float(event.sampling_rate))] += event.count
+        phases[_phase(event)] += event.count
     return tuple(sorted(phases.items()))
 
 
-def _tv(events: Iterable[GaussianEvent]) -> float:
+@lru_cache(maxsize=4096)
+def _phase(event: Event) -> Phase:
+    """What one release costs, as the equivalent under add/remove-one."""
+    if isinstance(event, CorrelatedEvent):
+        plan = Participation(rounds=event.rounds, participations=event.participations, separation=event.separation)
+        strategy = Banded(event.coefficients) if event.coefficients else BufferedToeplitz(event.weights, event.decays)
+        return event.noise_multiplier / rounded_sensitivity(strategy, plan, dimension=event.dimension), 1.0
+    # A sample of fixed size under replace-one is dominated by the Poisson pair of the same rate at twice the shift, and
+    # attains it (Zhu, Dong, Wang 2022, and the pair where all others are at -clip and one moves from there to +clip).
+    noise = event.noise_multiplier / 2 if event.adjacency == REPLACE_ONE else event.noise_multiplier
+    return float(noise), float(event.sampling_rate)
+
+
+def _tv(events: Iterable[Event]) -> float:
     return math.fsum(event.discretisation_tv for event in events)
 
 
@@ -176,66 +215,65 @@ def _unsampled(plan: Plan) -> bool:
 def _after_discretisation(method: Callable[[Plan, float], float], plan: Plan, delta: float, tv: float) -> float:
     if tv == 0:
         return float(method(plan, delta))
+    return float(min(method(plan, delta - _price(plan, delta, tv)), _ceiling(plan, delta / 2)))
+
+
+def _price(plan: Plan, delta: float, tv: float) -> float:
+    """What the discretisation of the noise takes off delta."""
     # Any valid epsilon at delta / 2 bounds the answer from above, so e^eps can be bounded before it is known.
-    ceiling = _rdp_epsilon(plan, delta / 2)
+    ceiling = _ceiling(plan, delta / 2) if tv else 0.0
     paid = (1 + math.exp(min(ceiling, 700.0))) * tv
     if paid > delta / 2:
         raise UnsupportedEvent(f"so little noise that epsilon is beyond {ceiling:.0f}: delta {delta:g} bounds nothing")
-    return float(min(method(plan, delta - paid), ceiling))
+    return paid
+
+
+@lru_cache(maxsize=4096)
+def _pld_epsilon(plan: Plan, delta: float, grid: float = GRID) -> float:
+    if _unsampled(plan):
+        return _exact_epsilon(plan, delta)
+    # Both are upper bounds; very many tiny releases force the grid to be so coarse that Rényi's is the lower.
+    return min(pld_epsilon(plan, delta, grid=grid), _ceiling(plan, delta))
 
 
 @lru_cache(maxsize=256)
-def _pld(phase: Phase, grid: float) -> Any:
-    # Imported late: the library takes a second to load, and a ledger can be verified without it.
-    from dp_accounting.pld import privacy_loss_distribution
+def _bounds(plan: Plan, delta: float) -> Bounds:
+    return epsilon_bounds(plan, delta)
 
+
+@lru_cache(maxsize=4096)
+def _whole_order_rdp(phase: Phase, orders: tuple[int, ...]) -> NDArray[np.float64]:
     noise, rate = phase
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        noise, sampling_prob=rate, value_discretization_interval=grid
-    )
+    return discrete_gaussian_rdp(orders, noise_multiplier=noise, sampling_rate=rate)
+
+
+def _ceiling(plan: Plan, delta: float) -> float:
+    """A rough bound in no time: Rényi DP at whole orders alone."""
+    total = np.sum([count * _whole_order_rdp(phase, WHOLE_ORDERS) for phase, count in plan], axis=0)
+    return min(rdp_to_epsilon(order, float(rdp), delta) for order, rdp in zip(WHOLE_ORDERS, total, strict=True))
 
 
 @lru_cache(maxsize=4096)
-def _pld_epsilon(plan: Plan, delta: float, grids: tuple[float, ...] = GRIDS) -> float:
-    # Far below this delta the rounding errors of the transforms weigh more than the tail that they are to resolve.
-    exact = _exact_epsilon(plan, delta) if _unsampled(plan) else 0.0
-    if delta < LEAST_PLD_DELTA:
-        return exact or _rdp_epsilon(plan, delta)
-    bound, result = _rdp_epsilon(plan, delta, INTEGER_ORDERS), math.inf
-    for grid in grids:
-        composed: Any = None
-        for phase, count in plan:
-            part = _pld(phase, grid).self_compose(count) if count > 1 else _pld(phase, grid)
-            composed = part if composed is None else composed.compose(part)
-        result = float(composed.get_epsilon_for_delta(delta))
-        if result <= bound or math.isinf(result):  # Infinite where delta is below what float64 resolves.
-            break
-    return max(result, exact)
-
-
-@lru_cache(maxsize=4096)
-def _rdp_of(phase: Phase, orders: tuple[float, ...]) -> tuple[Any, Any]:
+def _fractional_rdp(phase: Phase) -> tuple[Any, Any]:
+    # Imported late: the library takes a second to load, and a ledger can be verified without it.
     import dp_accounting
     from dp_accounting.rdp import rdp_privacy_accountant
 
     noise, rate = phase
-    accountant = rdp_privacy_accountant.RdpAccountant(orders=orders)
+    accountant = rdp_privacy_accountant.RdpAccountant()
     gaussian = dp_accounting.GaussianDpEvent(noise)
     accountant.compose(gaussian if rate == 1.0 else dp_accounting.PoissonSampledDpEvent(rate, gaussian))
     return np.asarray(accountant._orders), np.asarray(accountant._rdp)
 
 
 @lru_cache(maxsize=4096)
-def _rdp_epsilon(plan: Plan, delta: float, orders: tuple[float, ...] | None = None) -> float:
-    """None: the library's own grid of integer and fractional orders, finer and slower, and ours, which has order 64."""
+def _rdp_epsilon(plan: Plan, delta: float) -> float:
     from dp_accounting.rdp import rdp_privacy_accountant
 
-    if orders is None:
-        ours = _rdp_epsilon(plan, delta, INTEGER_ORDERS)
-        return min(ours, _rdp_epsilon(plan, delta, tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS)))
-    grid = _rdp_of(plan[0][0], orders)[0]
-    total = sum(count * _rdp_of(phase, orders)[1] for phase, count in plan)
-    return float(rdp_privacy_accountant.compute_epsilon(grid, total, delta)[0])
+    orders = _fractional_rdp(plan[0][0])[0]
+    total = sum(count * _fractional_rdp(phase)[1] for phase, count in plan)
+    # The library's grid ends at order 63 before it leaps to 128; ours has what is between.
+    return min(_ceiling(plan, delta), float(rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0]))
 
 
 def _exact_epsilon(plan: Plan, delta: float) -> float:
@@ -254,18 +292,3 @@ def _exact_epsilon(plan: Plan, delta: float) -> float:
     while excess(high) > 0:
         high *= 2
     return float(brentq(excess, 0.0, high, xtol=1e-12, rtol=1e-12))
-
-
-def _bracket(cost: Callable[[float], float], target: float) -> float:
-    """The least noise multiplier, to 1 %, that costs at most `target` where `cost` falls with the noise."""
-    high = 1.0
-    while cost(high) > target and high < 2**14:
-        high *= 2
-    low = LEAST_NOISE
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        if cost(middle) <= target:
-            high = middle
-        else:
-            low = middle
-    return high

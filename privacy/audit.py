@@ -2,10 +2,15 @@
 
     1. every chain and every signature, against the keys that the roster pins;
     2. truncation: the heads that the server kept each round, and the digests of them that the *other* sites signed;
-    3. epsilon, recomputed from the events by PLD and RDP, against what the run claims and last said as it trained;
-    4. that each update that was counted has a committed reservation in its site's ledger, made for this very job.
+    3. every rule of the budgets, replayed entry by entry (`privacy.budget.Accounts`);
+    4. epsilon, recomputed from the events by PLD and RDP, inside an interval proven by a third method, against what the
+       run claims and last said as it trained: of records by each site's ledger, of whole clients by the server's where
+       the server adds the noise, by each site's where the clients do;
+    5. that each update that was counted has a committed reservation in its site's ledger, made for this very job, and
+       each sum that was released one in the server's.
 
-It believes no number that the run wrote down. It needs neither torch nor flwr.
+Every ledger, a site's or the server's, goes through the same checks. None believes a number that the run wrote down.
+It needs neither torch nor flwr.
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from privacy import claims
-from privacy.accountant import Epsilon, epsilon, epsilon_pld
-from privacy.budget import charged
-from privacy.errors import FedchorusError, LedgerCorrupt, RunError, UnsupportedEvent
-from privacy.events import GaussianEvent
-from privacy.ledger import SITE_NAME, Entry, Head, digest_of, read_ledger
+from privacy.accountant import Epsilon, bounds, epsilon
+from privacy.budget import Accounts, JobAccount, charged
+from privacy.errors import BudgetExceeded, FedchorusError, LedgerCorrupt, RunError, UnsupportedEvent
+from privacy.events import UNIT_CLIENT, UNIT_RECORD, UNITS, Event, GaussianEvent
+from privacy.ledger import SERVER, SITE_NAME, Entry, Head, digest_of, read_ledger
+from privacy.prv import Bounds
 
 TOLERANCE = 1e-3  # Of a claimed epsilon: ten times the accountant's grid, far below any figure that matters.
 
@@ -45,22 +51,60 @@ class Finding:
 
 
 @dataclass
-class SiteAudit:
-    """What the audit makes of one site; `spent` is None when its ledger cannot be trusted or bounded."""
+class Spending:
+    """What one ledger spent of one unit of privacy; `epsilon` is None when it cannot be trusted or bounded."""
 
-    site: str
-    entries: int = 0
-    releases: int = 0
+    unit: str
     delta: float | None = None
     claimed: float | None = None
-    spent: Epsilon | None = None
+    releases: int = 0
+    epsilon: Epsilon | None = None
+    within: Bounds | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        spent, within = self.epsilon, self.within
+        return {
+            "delta": _finite(self.delta),
+            "pld": _finite(spent.pld) if spent else None,
+            "rdp": _finite(spent.rdp) if spent else None,
+            "exact": _finite(spent.exact) if spent else None,
+            "lower": _finite(within.lower) if within else None,
+            "estimate": _finite(within.estimate) if within else None,
+            "upper": _finite(within.upper) if within else None,
+            "claimed": self.claimed,
+        }
+
+
+@dataclass
+class SiteAudit:
+    """What the audit makes of one ledger: a site's, or the server's. `units` are those that its job protects in it."""
+
+    site: str
+    units: frozenset[str] = frozenset()
+    entries: int = 0
+    releases: int = 0
+    spent: list[Spending] = field(default_factory=list)
     seeded: bool = False
     ok: bool = True
+
+    def of_unit(self, unit: str) -> Spending | None:
+        return next((spending for spending in self.spent if spending.unit == unit), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        record, client = self.of_unit(UNIT_RECORD), self.of_unit(UNIT_CLIENT)
+        return {
+            "ok": self.ok,
+            "entries": self.entries,
+            "releases": self.releases,
+            **(record or Spending(UNIT_RECORD)).as_dict(),
+            "client": client.as_dict() if client else None,
+        }
 
 
 @dataclass
 class Audit:
     sites: dict[str, SiteAudit] = field(default_factory=dict)
+    server: SiteAudit | None = None
     findings: list[Finding] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -68,23 +112,89 @@ class Audit:
     def ok(self) -> bool:
         return not self.findings
 
+    @property
+    def ledgers(self) -> list[SiteAudit]:
+        return [*self.sites.values(), *([self.server] if self.server else [])]
+
     def report(self, site: str | None, entry: int | None, why: str) -> None:
         self.findings.append(Finding(site, entry, why))
 
+    def notice(self, text: str) -> None:
+        if text not in self.notices:
+            self.notices.append(text)
+
+    def largest(self, unit: str) -> float | None:
+        """The largest epsilon of any ledger that speaks of the unit; None if one that should cannot be recomputed."""
+        spent = [ledger.of_unit(unit) for ledger in self.ledgers if unit in ledger.units or ledger.of_unit(unit)]
+        known = [spending.epsilon.pld for spending in spent if spending is not None and spending.epsilon is not None]
+        return max(known) if known and len(known) == len(spent) else None
+
     def as_dict(self) -> dict[str, Any]:
         """The machine-readable report; an epsilon that cannot be recomputed is null."""
-        bounded = [site.spent.pld for site in self.sites.values() if site.spent is not None]
-        record = max(bounded) if bounded and len(bounded) == len(self.sites) else None
         return {
             "ok": self.ok,
             "findings": [{"site": f.site, "entry": f.entry, "why": f.why} for f in self.findings],
             "notices": self.notices,
             "epsilon": {
-                "record": _finite(record),
-                "client": None,
-                "sites": {name: _site_dict(site) for name, site in sorted(self.sites.items())},
+                "record": _finite(self.largest(UNIT_RECORD)),
+                "client": _finite(self.largest(UNIT_CLIENT)),
+                "sites": {name: site.as_dict() for name, site in sorted(self.sites.items())},
+                "server": self.server.as_dict() if self.server else None,
             },
         }
+
+
+Record = Mapping[str, Any]
+Lines = Sequence[Record]
+# What a signed or unsigned record of any shape can provoke. A fault of our own would be reported as one of the run's.
+_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What lies beside the ledgers. Nobody signed it: its methods may raise any of `_MALFORMED`."""
+
+    job: Record | None
+    job_hash: str
+    wanted: claims.Ledgers
+    summary: Record | None
+    rounds: Lines
+    heads: Lines
+    keys: Record
+
+    def promise(self, name: str) -> claims.Promise | None:
+        return self.wanted.of_server if name == SERVER else self.wanted.of_site
+
+    def head(self, line: Record, name: str) -> Head | None:
+        head = line.get("server") if name == SERVER else line.get("heads", {}).get(name)
+        return None if head is None else Head(*head)
+
+    def counted(self, line: Record, name: str) -> bool:
+        """Whether the round of `line` needs an entry of `name`: every one needs the server's."""
+        return name == SERVER or name in line.get("contributors", ())
+
+    def claims(self, name: str) -> dict[str, Record]:
+        """What a finished run says of one ledger's privacy, by unit; one that says nothing claims no epsilon."""
+        if self.summary is None:
+            return {}
+        promise, nothing = self.promise(name), {"epsilon": None}
+        units = promise.units if promise is not None else frozenset()
+        if name == SERVER:
+            return {UNIT_CLIENT: self.summary.get("client") or nothing}
+        claim = self.summary["sites"].get(name) or nothing
+        client = claim.get("client")
+        return {
+            **({UNIT_RECORD: claim} if UNIT_RECORD in units or _finite(claim.get("epsilon")) is not None else {}),
+            **({UNIT_CLIENT: client or nothing} if UNIT_CLIENT in units or client else {}),
+        }
+
+    def last_said(self, name: str | None) -> tuple[int, object] | None:
+        """The last epsilon claimed while training, and after which round: of a site's records, or of clients (None)."""
+        said = [
+            (line["round"], line.get("epsilon_client") if name is None else (line.get("epsilon") or {}).get(name))
+            for line in self.rounds
+        ]
+        return next((one for one in reversed(said) if one[1] is not None), None)
 
 
 def audit_run(run: Path) -> Audit:
@@ -94,69 +204,90 @@ def audit_run(run: Path) -> Audit:
     audit = Audit()
     job = _load_job(run)
     if job is not None and not _is_private(job):
-        audit.findings.append(Finding(None, None, "the job had no differential privacy: nothing is bounded"))
+        audit.report(None, None, "the job had no differential privacy: nothing is bounded")
         return audit
-    roster = _load_json(run / "roster.json", audit, default={}).get("sites")
-    if not isinstance(roster, dict) or not roster or not all(map(SITE_NAME.fullmatch, roster)):
-        audit.findings.append(Finding(None, None, "roster.json is missing, names no site, or one that is no name"))
+    wanted = _ledgers_of(job, audit)
+    kept = _load_json(run / "roster.json", audit, default={})
+    roster, server_key = kept.get("sites"), kept.get("server")
+    if (
+        not isinstance(roster, dict)
+        or not all(map(SITE_NAME.fullmatch, roster))
+        or (wanted.of_site is not None and not roster)
+    ):
+        audit.report(None, None, "roster.json is missing, names no site, or one that is no name")
         return audit
     summary = _load_json(run / "summary.json", audit, default=None)
     if summary is None:
-        audit.findings.append(Finding(None, None, "the run is not finished: it makes no claim yet (summary.json)"))
-    rounds = _load_lines(run / "metrics.jsonl", audit)
-    heads = _load_lines(run / "heads.jsonl", audit)
-    job_hash = _job_hash(run, summary, audit)
-
+        audit.report(None, None, "the run is not finished: it makes no claim yet (summary.json)")
+    rounds, heads = _load_lines(run / "metrics.jsonl", audit), _load_lines(run / "heads.jsonl", audit)
+    keys = dict(roster)
     for stray in sorted(path.stem for path in (run / "ledgers").glob("*.jsonl") if path.stem not in roster):
-        audit.findings.append(Finding(stray, None, "there is a ledger of a site that the roster does not name"))
+        audit.report(stray, None, "there is a ledger of a site that the roster does not name")
+    for site in sorted(roster):
+        audit.sites[site] = SiteAudit(site, wanted.of_site.units if wanted.of_site else frozenset())
+    paths = {site: run / "ledgers" / f"{site}.jsonl" for site in audit.sites}
+    if wanted.of_server is not None:
+        audit.server = SiteAudit(SERVER, wanted.of_server.units)
+        paths[SERVER], keys[SERVER] = run / "server.jsonl", server_key
+        if server_key is None:
+            audit.report(SERVER, None, "roster.json has no key of the server, which adds the noise")
+    elif (run / "server.jsonl").exists():
+        audit.report(SERVER, None, "there is a ledger of the server, job.toml asks for no noise of its")
+    folder = _Folder(job, _job_hash(run, summary, audit), wanted, summary, rounds, heads, keys)
     ledgers: dict[str, list[Entry]] = {}
-    for site, public_hex in sorted(roster.items()):
-        audit.sites[site] = SiteAudit(site)
-        try:
-            ledgers[site] = read_ledger(run / "ledgers" / f"{site}.jsonl", site, public_hex)
-        except FileNotFoundError:
-            _run_check(audit, site, _check_absence, audit.sites[site], heads, rounds, _claim(summary, site))
-        except LedgerCorrupt as error:
-            audit.findings.append(Finding(site, error.entry, error.why))
-        except (OSError, TypeError, ValueError) as error:
-            audit.findings.append(Finding(site, None, f"its ledger or key cannot be read ({type(error).__name__})"))
-
+    for ledger in audit.ledgers:
+        path = paths[ledger.site]
+        if not path.exists():
+            _run_check(audit, ledger.site, _check_absence, ledger, folder)
+        elif (entries := _read(audit, path, ledger.site, keys[ledger.site])) is not None:
+            ledgers[ledger.site] = entries
+            _audit_ledger(audit, ledger, entries, folder)
     for site, entries in ledgers.items():
-        _run_check(audit, site, _check_opening, audit.sites[site], entries)
-        _run_check(audit, site, _check_spending, audit.sites[site], entries, _claim(summary, site))
-        _run_check(audit, site, _check_heads, site, entries, heads)
-        _run_check(audit, site, _check_witnesses, site, entries, heads)
-        _run_check(audit, site, _check_contributions, site, entries, heads, rounds, job_hash)
-        _run_check(audit, site, _check_round_claims, audit.sites[site], entries, rounds, job_hash)
-        _hold_to(audit, site, claims.check_job, job, job_hash, site, entries)
-        _hold_to(audit, site, claims.check_commits, job_hash, site, entries, rounds)
-        _hold_to(audit, site, claims.check_figures, site, entries, job_hash, _claim(summary, site))
-    _run_check(audit, None, _check_totals, summary)
-    _hold_to(audit, None, claims.check_names, roster, summary, rounds, heads)
-    _hold_to(audit, None, claims.check_rounds, job, summary, rounds)
+        _hold_to(audit, site, claims.check_commits, folder.job_hash, site, entries, folder.rounds, ledgers)
+    _run_check(audit, None, _check_totals, folder)
+    _run_check(audit, None, _check_local_rounds, ledgers, folder)
+    _hold_to(audit, None, claims.check_keys, {name: key for name, key in keys.items() if key is not None})
+    _hold_to(audit, None, claims.check_names, roster, wanted.of_site, summary, rounds, heads)
+    _hold_to(audit, None, claims.check_rounds, job, wanted, summary, rounds)
+    _hold_to(audit, None, claims.check_models, folder.job_hash, ledgers)
     if summary is not None:
-        _hold_to(audit, None, claims.check_statement, summary, any(site.seeded for site in audit.sites.values()))
-    for finding in audit.findings:
-        if finding.site in audit.sites:
-            audit.sites[finding.site].ok = False
+        seeded = any(ledger.seeded for ledger in audit.ledgers)
+        _hold_to(audit, None, claims.check_statement, summary, seeded, wanted)
+    blamed = {finding.site for finding in audit.findings}
+    for ledger in audit.ledgers:
+        ledger.ok = ledger.site not in blamed
     return audit
 
 
-Lines = Sequence[Mapping[str, Any]]
-Record = Mapping[str, Any]
-# What a signed or unsigned record of any shape can provoke. A fault of our own would be reported as one of the run's.
-_MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+def _audit_ledger(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    site, job_hash = ledger.site, folder.job_hash
+    for check in (
+        _check_opening,
+        _check_rules,
+        _check_spending,
+        _check_heads,
+        _check_witnesses,
+        _check_contributions,
+        _check_round_claims,
+    ):
+        _run_check(audit, site, check, ledger, entries, folder)
+    _hold_to(audit, site, claims.check_job, job_hash, site, entries, folder.promise(site), folder.summary)
+    if site == SERVER:
+        _hold_to(audit, site, claims.check_participation, job_hash, entries, folder.rounds)
+    _run_check(audit, site, _check_figures, ledger, entries, folder)
 
 
 def _run_check(audit: Audit, site: str | None, check: Callable[..., None], *arguments: Any) -> None:
     try:
         check(audit, *arguments)
-    except FedchorusError as error:
-        audit.findings.append(Finding(site, None, str(error)))
-    except _MALFORMED as error:
-        audit.findings.append(
-            Finding(site, None, f"what was written of it is malformed ({type(error).__name__}: {error})")
-        )
+    except (FedchorusError, *_MALFORMED) as error:
+        audit.report(site, None, _why(error))
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, FedchorusError):
+        return str(error)
+    return f"what was written of it is malformed ({type(error).__name__}: {error})"
 
 
 def _hold_to(audit: Audit, site: str | None, claim: Callable[..., None], *arguments: Any) -> None:
@@ -164,280 +295,319 @@ def _hold_to(audit: Audit, site: str | None, claim: Callable[..., None], *argume
     _run_check(audit, site, lambda audit: claim(audit.report, *arguments))
 
 
-def _check_absence(audit: Audit, site: SiteAudit, heads: Lines, rounds: Lines, claim: Record) -> None:
+def _read(audit: Audit, path: Path, site: str, public_hex: str) -> list[Entry] | None:
+    """A verified ledger, or None where it cannot be trusted."""
+    try:
+        return read_ledger(path, site, public_hex)
+    except LedgerCorrupt as error:
+        audit.report(site, error.entry, error.why)
+    except (OSError, TypeError, ValueError) as error:
+        audit.report(site, None, f"its ledger or key cannot be read ({type(error).__name__})")
+    return None
+
+
+def _check_absence(audit: Audit, ledger: SiteAudit, folder: _Folder) -> None:
     """A site that was never asked has written nothing; one that was has a head, an update or a claim to show for it."""
-    seen = any(site.site in line.get("heads", {}) for line in heads)
-    counted = any(site.site in line.get("contributors", ()) for line in rounds)
-    site.claimed = _finite(claim.get("epsilon"))
-    if seen or counted or site.claimed:
-        audit.findings.append(Finding(site.site, None, "its ledger is missing"))
-    else:
-        site.spent = Epsilon(0.0, 0.0, 0.0, 0.0)
-        audit.notices.append(f"{site.site} was never asked: it wrote no ledger")
-
-
-def _check_opening(audit: Audit, site: SiteAudit, entries: Sequence[Entry]) -> None:
-    site.entries = len(entries)
-    if not entries or entries[0].kind != "open":
-        audit.findings.append(Finding(site.site, 0, "the ledger does not begin with an opening entry"))
-    elif entries[0].body["simulation"]:
-        _notice(audit, "a simulation: the sites' keys, data and noise were all on one machine")
-    for entry in entries[1:]:
-        if entry.kind == "open":
-            audit.findings.append(Finding(site.site, entry.seq, "a second opening entry"))
-
-
-def _check_spending(audit: Audit, site: SiteAudit, entries: Sequence[Entry], claim: Record) -> None:
-    plans = [entry for entry in entries if entry.kind == "plan"]
-    for entry in entries:
-        if entry.kind == "reserve":
-            _check_reservation(audit, site, entries, entry)
-        if entry.kind == "commit":
-            _check_commit(audit, site, entries, entry)
-    events = charged(entries)
-    site.releases = sum(event.count for event in events)
-    _check_noise_kind(audit, site, entries, events)
-    site.delta = _delta(plans, claim)
-    site.claimed = _finite(claim.get("epsilon"))
-    if site.delta is None:
-        if events:
-            audit.findings.append(
-                Finding(site.site, None, "no plan or claim states a delta: nothing can be recomputed")
-            )
+    site, claimed = ledger.site, folder.claims(ledger.site)
+    seen = any(folder.head(line, site) is not None for line in folder.heads)
+    counted = any(folder.counted(line, site) for line in folder.rounds)
+    if site == SERVER or seen or counted or any(_finite(claim.get("epsilon")) for claim in claimed.values()):
+        audit.report(site, None, "its ledger is missing")
         return
-    site.spent = epsilon(events, site.delta)
-    if site.spent.pld > site.spent.rdp * 1.001 + 0.005:
-        audit.findings.append(
-            Finding(
-                site.site, None, f"PLD ({site.spent.pld:.4f}) exceeds RDP ({site.spent.rdp:.4f}): do not trust either"
-            )
-        )
-    for plan in plans:
-        # A budget binds the plans up to its own; a later job may have been given a larger one.
-        limit, jobs = plan.body["epsilon"], [p.body["job"] for p in plans if p.seq <= plan.seq]
-        if limit is not None:
-            bound = charged(e for e in entries if e.kind == "reserve" and e.body["job"] in jobs)
-            cost = epsilon_pld(bound, plan.body["delta"])
-            if cost > limit + TOLERANCE:
-                audit.findings.append(
-                    Finding(site.site, plan.seq, f"spent epsilon {cost:.4f}, over its budget of {limit:g}")
-                )
-    if claim:
-        _compare(audit, site.site, "claims", site.claimed, site.spent.pld)
-    if "epsilon_rdp" in claim:
-        _compare(audit, site.site, "claims by RDP", claim["epsilon_rdp"], site.spent.rdp)
+    for unit in ledger.units:
+        figure = _finite(claimed.get(unit, {}).get("epsilon"))
+        ledger.spent.append(Spending(unit, None, figure, 0, Epsilon(0.0, 0.0, 0.0, 0.0), Bounds(0.0, 0.0, 0.0)))
+    audit.notice(f"{site} was never asked: it wrote no ledger")
 
 
-def _check_reservation(audit: Audit, site: SiteAudit, entries: Sequence[Entry], entry: Entry) -> None:
-    plan = next((p for p in entries[: entry.seq] if p.kind == "plan" and p.body["job"] == entry.body["job"]), None)
-    if plan is None:
-        audit.findings.append(Finding(site.site, entry.seq, "reserves a round of a job that was never planned"))
-    elif plan.body["event"] != entry.body["event"]:
-        audit.findings.append(Finding(site.site, entry.seq, "reserves another event than its plan states"))
-    else:
-        used = sum(e.kind == "reserve" and e.body["job"] == entry.body["job"] for e in entries[: entry.seq + 1])
-        if used > plan.body["rounds"]:
-            audit.findings.append(
-                Finding(site.site, entry.seq, f"reserves more than the plan's {plan.body['rounds']} rounds")
-            )
+def _check_opening(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    ledger.entries = len(entries)
+    if not entries or entries[0].kind != "open":
+        audit.report(ledger.site, 0, "the ledger does not begin with an opening entry")
+        return
+    opening = entries[0].body
+    if bytes.fromhex(opening["public_key"]) != bytes.fromhex(folder.keys[ledger.site]):
+        audit.report(ledger.site, 0, "names another key than the roster")
+    if opening["simulation"]:
+        audit.notice("a simulation: the sites' keys, data and noise were all on one machine")
 
 
-def _check_commit(audit: Audit, site: SiteAudit, entries: Sequence[Entry], entry: Entry) -> None:
-    seq = entry.body["reserve"]
-    reservation = entries[seq] if isinstance(seq, int) and 0 <= seq < entry.seq else None
-    if reservation is None or reservation.kind != "reserve":
-        audit.findings.append(Finding(site.site, entry.seq, "commits a release that was never reserved"))
-    elif (reservation.body["job"], reservation.body["round"]) != (entry.body["job"], entry.body["round"]):
-        audit.findings.append(Finding(site.site, entry.seq, f"commits another round than entry {seq} reserved"))
-    elif any(e.kind == "commit" and e.body["reserve"] == seq for e in entries[: entry.seq]):
-        audit.findings.append(
-            Finding(site.site, entry.seq, f"commits entry {seq} a second time: two releases, one charge")
-        )
+def _check_rules(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    """Replay the ledger under the rules that the site was to enforce."""
+    accounts = Accounts(ledger.site)
+    for entry in entries:
+        try:
+            why = _breach(accounts, entry, entries)
+            accounts.add(entry)
+        except (FedchorusError, *_MALFORMED) as error:
+            why = _why(error)
+        if why is not None:
+            audit.report(ledger.site, entry.seq, why)
 
 
-def _check_noise_kind(audit: Audit, site: SiteAudit, entries: Sequence[Entry], events: Iterable[GaussianEvent]) -> None:
+def _breach(accounts: Accounts, entry: Entry, entries: Sequence[Entry]) -> str | None:
+    """Which rule `entry` breaks. That of the clip norm and of a training's rounds are the releases' own."""
+    body = entry.body
+    why = accounts.breach(entry.kind, body)
+    if why is not None:
+        return why
+    if entry.kind == "plan":
+        try:
+            accounts.check_affordable(JobAccount.of(body))
+        except BudgetExceeded as error:
+            return f"admits a job over its budget: {error}"
+    if entry.kind == "reserve":
+        moves = any(event.get("quantile_noise") is not None for event in body["events"])
+        clip_norm = body.get("clip_norm")
+        if moves and (_finite(clip_norm) or 0.0) <= 0:
+            return f"reserves a round of an adaptive clip norm with the clip norm {clip_norm!r}"
+        if not moves and clip_norm is not None:
+            return "reserves another clip norm than its event states"
+    return None
+
+
+def _check_spending(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    accounts, claimed = Accounts.of(ledger.site, entries), folder.claims(ledger.site)
+    released = charged(entries)
+    ledger.releases = sum(event.count for event in released)
+    own = accounts.jobs.get(folder.job_hash)
+    planned = {limit.unit: limit.delta for limit in own.limits} if own is not None else {}
+    others = [limit for account in accounts.jobs.values() for limit in account.limits]
+    # What other jobs in this ledger protected is their runs' to claim.
+    for unit in [unit for unit in UNITS if unit in {*ledger.units, *planned, *claimed}]:
+        claim = claimed.get(unit, {})
+        stated = [limit.delta for limit in others if limit.unit == unit]
+        delta = planned.get(unit) or (min(stated) if stated else claim.get("delta"))
+        spending = Spending(unit, delta, _finite(claim.get("epsilon")))
+        ledger.spent.append(spending)
+        if delta is None:
+            if released:
+                audit.report(ledger.site, None, "no plan or claim states a delta: nothing can be recomputed")
+            continue
+        _recompute(audit, ledger.site, spending, accounts)
+        assert spending.epsilon is not None
+        if claim:
+            who = "claims" if unit == UNIT_RECORD else "claims for whole clients"
+            _compare(audit, ledger.site, who, spending.claimed, spending.epsilon.pld)
+        if "epsilon_rdp" in claim:
+            _compare(audit, ledger.site, "claims by RDP", claim["epsilon_rdp"], spending.epsilon.rdp)
+    # Last: what was claimed of seeded noise is compared before it is called infinite.
+    _check_noise_kind(audit, ledger, entries, released)
+
+
+def _recompute(audit: Audit, site: str, spending: Spending, accounts: Accounts) -> None:
+    assert spending.delta is not None
+    events = accounts.spent(spending.unit)
+    spending.releases = sum(event.count for event in events)
+    if any(account.filter is not None and account.used for account in accounts.jobs.values()):
+        bound = accounts.epsilon(spending.unit, spending.delta, spent_only=True)
+        spending.epsilon = Epsilon(spending.delta, bound, bound, None)  # Chosen on the way: Rényi at one order alone.
+        return
+    spending.epsilon = epsilon(events, spending.delta)
+    spending.within = bounds(events, spending.delta)
+    for method, figure in (("PLD", spending.epsilon.pld), ("RDP", spending.epsilon.rdp)):
+        if spending.within is not None and figure < spending.within.lower - TOLERANCE:
+            why = f"{method} ({figure:.4f}) is below a proven lower bound ({spending.within.lower:.4f}): trust neither"
+            audit.report(site, None, why)
+
+
+def _check_noise_kind(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], events: Iterable[Event]) -> None:
     if all(event.rng == "os" for event in events):
         return
-    site.seeded = True
+    ledger.seeded = True
     if entries[0].body["simulation"]:
-        _notice(audit, "noise was seeded, so it protects nobody: the epsilons say what real noise would have cost")
+        audit.notice("noise was seeded, so it protects nobody: the epsilons say what real noise would have cost")
     else:
+        ledger.spent = []
         raise UnsupportedEvent("noise was seeded outside a simulation: epsilon is infinite")
 
 
-def _check_heads(audit: Audit, site: str, entries: Sequence[Entry], heads: Lines) -> None:
-    for line in heads:
-        kept = line.get("heads", {}).get(site)
-        if kept is None:
+def _check_heads(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    for line in folder.heads:
+        seen = folder.head(line, ledger.site)
+        if seen is None:
             continue
-        head = Head(*kept)
-        if head.seq < 0 or head.seq >= len(entries):
-            audit.findings.append(
-                Finding(
-                    site,
-                    len(entries),
-                    f"missing: in round {line.get('round')} the ledger reached entry {head.seq}; it was truncated",
-                )
-            )
+        if seen.seq < 0 or seen.seq >= len(entries):
+            why = f"missing: in round {line.get('round')} the ledger reached entry {seen.seq}; it was truncated"
+            audit.report(ledger.site, len(entries), why)
             return
-        if entries[head.seq].hash != head.hash:
-            audit.findings.append(
-                Finding(site, head.seq, f"is not the entry that the server saw in round {line.get('round')}")
-            )
+        if entries[seen.seq].hash != seen.hash:
+            audit.report(ledger.site, seen.seq, f"is not the entry that the server saw in round {line.get('round')}")
             return
 
 
-def _check_witnesses(audit: Audit, site: str, entries: Sequence[Entry], heads: Lines) -> None:
-    """Each reservation signs the digest of all heads after the round before: one site vouches for the others."""
-    digests = {line.get("round"): digest_of(line) for line in heads}
+def _check_witnesses(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    """Each reservation signs the digest of all heads after the round before: one site vouches for the others.
+
+    The server signs none: it keeps the heads itself.
+    """
+    digests = {line.get("round"): digest_of(line) for line in folder.heads}
     for entry in entries:
-        if entry.kind == "reserve" and entry.body.get("witness") is not None:
-            expected = digests.get(entry.body.get("round", 0) - 1)
-            if expected != entry.body["witness"]:
-                audit.findings.append(
-                    Finding(
-                        site,
-                        entry.seq,
-                        f"signed other heads for round {entry.body.get('round', 0) - 1} than heads.jsonl holds: "
-                        "that file, or a site's ledger, was changed afterwards",
-                    )
+        if ledger.site != SERVER and entry.kind == "reserve" and entry.body["job"] == folder.job_hash:
+            before = entry.body["round"] - 1
+            if digests.get(before) != entry.body["witness"]:
+                why = (
+                    f"signed other heads for round {before} than heads.jsonl holds: "
+                    "that file, or a site's ledger, was changed afterwards"
                 )
+                audit.report(ledger.site, entry.seq, why)
 
 
-def _check_contributions(
-    audit: Audit, site: str, entries: Sequence[Entry], heads: Lines, rounds: Lines, job: str
-) -> None:
-    committed = {e.body.get("round") for e in entries if e.kind == "commit" and e.body.get("job") == job}
-    kept = {line.get("round") for line in heads if site in line.get("heads", {})}
-    for line in rounds:
+def _check_contributions(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    """Each round that counts on this ledger has a committed entry in it, which the head kept of that round covers."""
+    site = ledger.site
+    committed = {
+        e.body["round"]: e.seq for e in reversed(entries) if e.kind == "commit" and e.body["job"] == folder.job_hash
+    }
+    kept = {line.get("round"): head for line in folder.heads if (head := folder.head(line, site)) is not None}
+    for line in folder.rounds:
         number = line.get("round")
-        if site in line.get("contributors", ()):
+        what = f"round {number} was released" if site == SERVER else f"its update was counted in round {number}"
+        if folder.counted(line, site):
             if number not in committed:
-                audit.findings.append(
-                    Finding(site, None, f"its update was counted in round {number} without a committed entry")
-                )
+                audit.report(site, None, f"{what} without a committed entry")
             if number not in kept:
-                audit.findings.append(
-                    Finding(
-                        site, None, f"its update was counted in round {number}, but heads.jsonl holds no head of it"
-                    )
-                )
-
-
-def _check_round_claims(audit: Audit, site: SiteAudit, entries: Sequence[Entry], rounds: Lines, job: str) -> None:
-    """The last epsilon claimed while training, by the events up to that round; earlier ones are the same formula."""
-    claims = [
-        (line["round"], line["epsilon"][site.site]) for line in rounds if site.site in (line.get("epsilon") or {})
-    ]
-    if claims and site.delta is not None:
-        last, claimed = claims[-1]
-        events = charged(
-            e for e in entries if e.kind == "reserve" and (e.body["job"] != job or e.body["round"] <= last)
+                audit.report(site, None, f"{what}, but heads.jsonl holds no head of it")
+            elif kept[number].seq < committed.get(number, 0):
+                audit.report(site, None, f"{what}, but the head that heads.jsonl holds of it is older")
+    if site == SERVER and any(
+        event.sampling_rate < 1 for event in charged(entries) if isinstance(event, GaussianEvent)
+    ):
+        audit.notice(
+            "the cohorts were a secret sample, and metrics.jsonl names them: epsilon for whole clients holds against "
+            "those alone who never see that file"
         )
-        _compare(audit, site.site, "metrics.jsonl claims", claimed, epsilon_pld(events, site.delta))
 
 
-def _check_totals(audit: Audit, summary: Record | None) -> None:
-    spent = [site.spent.pld for site in audit.sites.values() if site.spent is not None]
-    if summary is not None and len(spent) == len(audit.sites):
-        _compare(audit, None, "the run claims", (summary.get("epsilon") or {}).get("record"), max(spent))
+def _check_round_claims(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    """The last epsilon claimed while training, by the events up to that round; earlier ones are the same formula."""
+    unit = UNIT_CLIENT if ledger.site == SERVER else UNIT_RECORD
+    said, spending = folder.last_said(None if ledger.site == SERVER else ledger.site), ledger.of_unit(unit)
+    if said is not None and spending is not None and spending.delta is not None:
+        recomputed = _spent_by(ledger.site, entries, unit, spending.delta, said[0], folder.job_hash)
+        _compare(audit, ledger.site, "metrics.jsonl claims", said[1], recomputed)
+
+
+def _check_local_rounds(audit: Audit, ledgers: Mapping[str, Sequence[Entry]], folder: _Folder) -> None:
+    """The same for clients that add their noise themselves: the run says the largest of them."""
+    said, promise = folder.last_said(None), folder.wanted.of_site
+    if said is None or promise is None or UNIT_CLIENT not in promise.units:
+        return
+    delta = next(limit["delta"] for limit in promise.limits if limit["unit"] == UNIT_CLIENT)
+    spent = [_spent_by(s, entries, UNIT_CLIENT, delta, said[0], folder.job_hash) for s, entries in ledgers.items()]
+    _compare(audit, None, "metrics.jsonl claims for whole clients", said[1], max(spent, default=0.0))
+
+
+def _spent_by(site: str, entries: Sequence[Entry], unit: str, delta: float, last: int, job: str) -> float:
+    # What other jobs reserved after this one's last entry had not been spent when the claim was made.
+    end = max((e.seq for e in entries if e.kind in ("reserve", "commit") and e.body["job"] == job), default=-1)
+    until = (e for e in entries[: end + 1] if e.kind != "reserve" or e.body["job"] != job or e.body["round"] <= last)
+    return Accounts.of(site, until).epsilon(unit, delta, spent_only=True)
+
+
+def _check_figures(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], folder: _Folder) -> None:
+    if folder.summary is None:
+        return
+    if ledger.site == SERVER:
+        claim = folder.claims(SERVER)[UNIT_CLIENT]
+        claims.check_client_figures(audit.report, entries, folder.job_hash, claim)
+    else:
+        claim = folder.summary["sites"].get(ledger.site) or {}
+        claims.check_figures(audit.report, ledger.site, entries, folder.job_hash, claim)
+
+
+def _check_totals(audit: Audit, folder: _Folder) -> None:
+    if folder.summary is None:
+        return
+    claimed = folder.summary.get("epsilon") or {}
+    for unit in UNITS:
+        spent = audit.largest(unit)
+        if spent is not None and unit in folder.wanted.units:
+            who = "the run claims" if unit == UNIT_RECORD else "the run claims for whole clients"
+            _compare(audit, None, who, claimed.get(unit), spent)
 
 
 def _compare(audit: Audit, site: str | None, who: str, claimed: object, recomputed: float) -> None:
     figure = _finite(claimed)
     if figure is None:
         if recomputed > 0:
-            audit.findings.append(Finding(site, None, f"{who} no epsilon, the events cost {recomputed:.4f}"))
+            audit.report(site, None, f"{who} no epsilon, the events cost {recomputed:.4f}")
     elif abs(figure - recomputed) > TOLERANCE:
-        audit.findings.append(Finding(site, None, f"{who} epsilon {figure:.4f}, the events cost {recomputed:.4f}"))
-
-
-def _delta(plans: Sequence[Entry], claim: Record) -> float | None:
-    stated = [plan.body["delta"] for plan in plans if plan.body["delta"] is not None]
-    delta = min(stated) if stated else claim.get("delta")
-    return float(delta) if delta is not None else None
-
-
-def _claim(summary: Record | None, site: str) -> Record:
-    """What the run says about `site`. A finished run that says nothing claims no epsilon."""
-    if summary is None:
-        return {}
-    sites = summary.get("sites")
-    claim = sites.get(site) if isinstance(sites, dict) else None
-    return claim if isinstance(claim, dict) else {"epsilon": None}
+        audit.report(site, None, f"{who} epsilon {figure:.4f}, the events cost {recomputed:.4f}")
 
 
 def _load_job(run: Path) -> Record | None:
     try:
         return tomllib.loads((run / "job.toml").read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return None  # Whatever it was, its ledgers speak for themselves; the checks that need it will say so.
+        return None
 
 
 def _is_private(job: Record) -> bool:
     privacy = job.get("privacy", {})
-    return not isinstance(privacy, dict) or "record" in privacy
+    return not isinstance(privacy, dict) or any(unit in privacy for unit in UNITS)
+
+
+def _ledgers_of(job: Record | None, audit: Audit) -> claims.Ledgers:
+    try:
+        if job is not None:
+            return claims.ledgers_of(job)
+    except _MALFORMED:
+        pass
+    # Whatever it was, the ledgers speak for themselves.
+    audit.report(None, None, "job.toml is no job that this program can read")
+    return claims.Ledgers(of_site=claims.Promise())
 
 
 def _job_hash(run: Path, summary: Record | None, audit: Audit) -> str:
     actual = hashlib.sha256((run / "job.toml").read_bytes()).hexdigest()
     if summary is not None and summary.get("job_hash") != actual:
-        audit.findings.append(Finding(None, None, "job.toml is not the job that the run claims to have run"))
+        audit.report(None, None, "job.toml is not the job that the run claims to have run")
     return actual
 
 
 def _load_json(path: Path, audit: Audit, *, default: Any) -> Any:
     try:
-        loaded = json.loads(path.read_bytes())
+        loaded = _parse(path.read_bytes())
     except FileNotFoundError:
         return default
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         loaded = None
-    if not isinstance(loaded, dict):
-        audit.findings.append(Finding(None, None, f"{path.name} is not a JSON object"))
-        return default
-    return loaded
+    if loaded is None:
+        audit.report(None, None, f"{path.name} is not a JSON object")
+    return default if loaded is None else loaded
 
 
 def _load_lines(path: Path, audit: Audit) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError:
-        audit.findings.append(Finding(None, None, f"{path.name} is missing"))
+        audit.report(None, None, f"{path.name} is missing")
         return []
-    loaded = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            audit.findings.append(Finding(None, None, f"{path.name}, line {number}: not a JSON object"))
-            continue
-        loaded.append(record)
-    return loaded
+    loaded = [_parse(line) for line in lines]
+    for number, record in enumerate(loaded, start=1):
+        if record is None:
+            audit.report(None, None, f"{path.name}, line {number}: not a JSON object")
+    return [record for record in loaded if record is not None]
 
 
-def _notice(audit: Audit, text: str) -> None:
-    if text not in audit.notices:
-        audit.notices.append(text)
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """A JSON object that says everything once: of a key given twice, readers take either."""
+    try:
+        loaded = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        return None
+    return loaded if isinstance(loaded, dict) else None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError("a key is given twice")
+    return record
 
 
 def _finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if abs(value) <= sys.float_info.max else None
-
-
-def _site_dict(site: SiteAudit) -> dict[str, Any]:
-    spent = site.spent
-    return {
-        "ok": site.ok,
-        "entries": site.entries,
-        "releases": site.releases,
-        "delta": _finite(site.delta),
-        "pld": _finite(spent.pld) if spent else None,
-        "rdp": _finite(spent.rdp) if spent else None,
-        "exact": _finite(spent.exact) if spent else None,
-        "claimed": site.claimed,
-    }

@@ -7,9 +7,10 @@ shortest round-trip floats), so that every byte of the file counts:
 
 - `hash` = SHA-256("fedchorus ledger v1\\0" + the line without `hash` and `sig`), hexadecimal;
 - `prev` = the hash of entry N-1 (64 zeros for entry 0), `sig` = Ed25519 over `hash`'s 32 bytes, domain-separated;
-- kinds: `open` (the site, its key, how many training rows, whether this is a simulation), `plan` (a job, the event
-  that each of its rounds releases, how many rounds at most, the budget), `reserve` (written *before* data are
-  touched: from here on the event counts as spent), `commit` (what left: the SHA-256 of the released vector).
+- kinds: `open` (the key, the data set, how many training rows, whether this is a simulation), `budget` (what the
+  holder allows), `plan` (a job, the events that each of its rounds releases, how many rounds at most, its limits),
+  `reserve` (written *before* data are touched: from here on the events count as spent), `commit` (what left: the
+  SHA-256 of the released vector), `settle` (the job is over). `privacy.budget` has their rules.
 
 A plain file and not a database: an auditor reads it with nothing but these lines, and no byte of it is slack
 (docs/decisions/002). One writer at a time holds an exclusive lock; an entry is durable (fsync) before `append`
@@ -40,7 +41,8 @@ from privacy.keys import IdentityKey, is_signed_by
 VERSION = 1
 GENESIS = "0" * 64
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # Safe in a path, a table and a log.
-KINDS = ("open", "plan", "reserve", "commit")
+SERVER = "_server"  # No site can have this name.
+KINDS = ("open", "budget", "plan", "reserve", "commit", "settle")
 _FIELDS = {"body", "hash", "kind", "prev", "seq", "sig", "site", "time", "v"}
 _HASH_DOMAIN = b"fedchorus ledger v1\0"
 _SIGNATURE_DOMAIN = b"fedchorus ledger v1 signature\0"

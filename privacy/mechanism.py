@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.errors import UnsupportedEvent
-from privacy.events import LEAST_NOISE, MOST_NOISE, GaussianEvent
+from privacy.events import LEAST_NOISE, MOST_NOISE, UNIT_RECORD, GaussianEvent
 from privacy.noise import NoiseSource, discrete_gaussian, discretisation_tv
 
 STEPS_PER_CLIP = 2**20  # Grid steps in one clip norm: rounding costs a millionth of the clip norm a coordinate.
@@ -39,18 +39,25 @@ class GaussianSum:
     | NaN or infinite in any coordinate | zero: a bounded contribution, and no error that would reveal it |
     | no vector at all       | zero: noise is still added and charged                              |
 
+    Per-layer clipping: with `layers`, the sizes of consecutive blocks of coordinates, each block is clipped by itself
+    to clip_norm / sqrt(number of blocks). The blocks' squares add up, so the sensitivity is `clip_norm` all the same;
+    no block can crowd out another, and all carry the same noise (McMahan et al. 2018, arXiv:1710.06963, sec. 3).
+
     Raises `UnsupportedEvent` for a clip norm outside [2^-100, 2^100] or a noise multiplier outside [1/16, 2^20]: its
     integer noise is 2^16 to 2^40 grid steps wide, enough to be charged as a Gaussian and within the sampler's reach.
     """
 
     clip_norm: float
     noise_multiplier: float
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not LEAST_CLIP_NORM <= self.clip_norm <= MOST_CLIP_NORM:
             raise UnsupportedEvent(f"clip_norm must lie in [2^-100, 2^100], got {self.clip_norm!r}")
         if not LEAST_NOISE <= self.noise_multiplier <= MOST_NOISE:
             raise UnsupportedEvent(f"noise_multiplier must lie in [1/16, 2^20], got {self.noise_multiplier!r}")
+        if not all(size > 0 for size in self.layers):
+            raise UnsupportedEvent(f"layers must be sizes > 0, got {self.layers!r}")
 
     @property
     def scale(self) -> float:
@@ -64,16 +71,25 @@ class GaussianSum:
     def quantised_sum(self, vectors: NDArray[np.float32]) -> NDArray[np.int64]:
         """Clip each row of `vectors` ((n, d), float), put it on the grid and sum: (d,) int64.
 
-        The L2 norm of each row's integers is at most `STEPS_PER_CLIP`: rounding goes toward zero.
+        The L2 norm of each row's integers is at most `STEPS_PER_CLIP`: rounding goes toward zero. Raises
+        `UnsupportedEvent` when `layers` do not add up to d.
         """
+        if self.layers and sum(self.layers) != vectors.shape[1]:
+            raise UnsupportedEvent(
+                f"layers add up to {sum(self.layers)} coordinates, the vectors have {vectors.shape[1]}"
+            )
         with np.errstate(invalid="ignore", over="ignore"):
             rows = vectors.astype(np.float64)
             # Finite float32 squares cannot overflow float64; a longer float64 row counts as not finite.
             norms = np.sqrt(np.einsum("ij,ij->i", rows, rows))
         finite = np.isfinite(norms)
         rows[~finite] = 0.0
-        scale = STEPS_PER_CLIP * _MARGIN / np.maximum(np.where(finite, norms, 0.0), self.clip_norm)
-        rows *= scale[:, None]
+        blocks = np.split(rows, np.cumsum(self.layers)[:-1], axis=1) if self.layers else [rows]
+        share = math.sqrt(len(blocks))
+        for block in blocks:  # Views: one block is the row itself.
+            own = norms if len(blocks) == 1 else np.sqrt(np.einsum("ij,ij->i", block, block))
+            steps = STEPS_PER_CLIP * _MARGIN / share
+            block *= (steps / np.maximum(np.where(finite, own, 0.0), self.clip_norm / share))[:, None]
         total: NDArray[np.int64] = np.trunc(rows, out=rows).sum(axis=0).astype(np.int64)
         return total
 
@@ -82,9 +98,12 @@ class GaussianSum:
         noisy = quantised + discrete_gaussian(source, self.scale, quantised.size)
         return noisy.astype(np.float64) * (self.clip_norm / STEPS_PER_CLIP)
 
-    def event(self, *, sampling_rate: float, count: int, dimension: int, rng: str) -> GaussianEvent:
+    def event(
+        self, *, sampling_rate: float, count: int, dimension: int, rng: str, unit: str = UNIT_RECORD
+    ) -> GaussianEvent:
         """What `count` releases of `dimension` coordinates cost when each vector is in each with `sampling_rate`."""
         return GaussianEvent(
+            unit=unit,
             noise_multiplier=self.noise_multiplier,
             clip_norm=self.clip_norm,
             sampling_rate=sampling_rate,
@@ -92,3 +111,18 @@ class GaussianSum:
             rng=rng,
             discretisation_tv=discretisation_tv(self.scale, dimension, count),
         )
+
+
+def clip_in_place(update: NDArray[np.float32], clip_norm: float) -> bool:
+    """Scale `update` ((d,) float32) down to an L2 norm of at most `clip_norm`; say whether it was within before.
+
+    One with a NaN or an infinity becomes zero and was not within: no error, which would reveal its client.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        norm = float(np.sqrt(np.einsum("i,i->", update, update, dtype=np.float64)))
+    if not math.isfinite(norm):
+        update[:] = 0.0
+        return False
+    if norm > clip_norm:
+        update *= np.float32(clip_norm / norm * _MARGIN)
+    return norm <= clip_norm

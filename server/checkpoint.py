@@ -17,7 +17,8 @@ VERSION = "1"
 
 def save_checkpoint(state: ServerState, path: Path, *, job: str) -> None:
     """Durable when this returns; a crash leaves the checkpoint before it or this one, never half of it."""
-    arrays = {"model": state.model, **{f"memory.{name}": array for name, array in state.memory.items()}}
+    parts = {"memory": state.memory, "release": state.release}
+    arrays = {"model": state.model, **{f"{part}.{n}": a for part, kept in parts.items() for n, a in kept.items()}}
     # safetensors writes the memory that a view begins in, not the view.
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     metadata = {"v": VERSION, "job": job, "round": str(state.round_number)}
@@ -32,8 +33,11 @@ def load_checkpoint(path: Path, *, job: str) -> ServerState:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata["v"] != VERSION or metadata["job"] != job:
             raise RunError(f"{path}: a checkpoint of another job or version")
-        memory = {name.removeprefix("memory."): array for name, array in arrays.items() if name.startswith("memory.")}
-        return ServerState(arrays["model"].astype(np.float32), int(metadata["round"]), memory)
+        memory, release = (
+            {name.removeprefix(part): array for name, array in arrays.items() if name.startswith(part)}
+            for part in ("memory.", "release.")
+        )
+        return ServerState(arrays["model"].astype(np.float32), int(metadata["round"]), memory, release)
     except FileNotFoundError:
         raise RunError(f"{path}: no checkpoint, the run stopped before its first round ended") from None
     except (SafetensorError, KeyError, ValueError, OSError):

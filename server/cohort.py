@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from privacy.noise import NoiseSource, poisson_sample
+from strategies.job import Cohort
 
-def draw_cohort(sites: Sequence[str], *, size: int | None, seed: int, round_number: int) -> list[str]:
-    """`size` distinct sites, uniformly, the same for the same seed and round; None or too large means everyone.
 
-    The draw is public: no accountant here charges less because of it.
+def draw_cohort(
+    sites: Sequence[str],
+    cohort: Cohort,
+    *,
+    seed: int,
+    round_number: int,
+    secret: Callable[[int], NoiseSource],
+) -> list[str]:
+    """Who of `sites` is asked in `round_number`, in their order.
+
+    | `cohort`     | who                                                                        | charged       |
+    |--------------|----------------------------------------------------------------------------|---------------|
+    | nothing      | everyone                                                                   | as everyone   |
+    | `size`       | so many, drawn by `seed`: the draw is public                               | as everyone   |
+    | `rate`       | each by its own coin from `secret` noise of the round; nobody is possible  | as a sample   |
+    | `separation` | each exactly every so many rounds, in an order drawn by `seed`: public     | by its counts |
     """
-    if size is None or size >= len(sites):
+    if cohort.rate is not None:
+        chosen = poisson_sample(secret(round_number), len(sites), cohort.rate)
+        return [sites[index] for index in chosen]
+    if cohort.separation is not None:
+        turn = np.random.default_rng([seed]).permutation(len(sites)) % cohort.separation
+        return [site for site, due in zip(sites, turn, strict=True) if due == (round_number - 1) % cohort.separation]
+    if cohort.size is None or cohort.size >= len(sites):
         return list(sites)
-    chosen = np.random.default_rng([seed, round_number]).choice(len(sites), size=size, replace=False)
-    return [sites[index] for index in sorted(chosen)]
+    drawn = np.random.default_rng([seed, round_number]).choice(len(sites), size=cohort.size, replace=False)
+    return [sites[index] for index in sorted(drawn)]
+
+
+def expected_size(clients: int, cohort: Cohort) -> float:
+    """How many a round asks on average: public, and what a private sum is divided by."""
+    if cohort.rate is not None:
+        return cohort.rate * clients
+    return clients / cohort.separation if cohort.separation is not None else min(cohort.size or clients, clients)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from privacy.ledger import Head
 from strategies.messages import Ask, MalformedMessage, Refusal, Reply, check_reply
-from strategies.total import Layout, Total
+from strategies.total import Total
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Collected:
 
 
 class Collector(Protocol):
-    def collect(self, ask: Ask, sites: Sequence[str]) -> Collected: ...
+    def collect(self, ask: Ask, sites: Sequence[str], total: Total) -> Collected:
+        """Ask `sites` and add what they answer to `total`, which is fresh."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,8 @@ class PlainCollector:
     """Adds contributions as they come in. The process sees each for a moment, and keeps none."""
 
     transport: Transport
-    layout: Layout
 
-    def collect(self, ask: Ask, sites: Sequence[str]) -> Collected:
-        total = Total(self.layout)
+    def collect(self, ask: Ask, sites: Sequence[str], total: Total) -> Collected:
         contributors: list[str] = []
         failures: dict[str, str] = {}
         heads: dict[str, Head] = {}
@@ -72,7 +72,7 @@ class PlainCollector:
                     failures[site] = "refused"
                 case Reply():
                     try:
-                        check_reply(answer, ask=ask, site=site, layout=self.layout)
+                        check_reply(answer, ask=ask, site=site, layout=total.layout)
                     except MalformedMessage as error:
                         failures[site] = f"malformed reply: {error}"
                         continue

@@ -14,6 +14,7 @@ from client.data import class_count, feature_names
 from client.site import SitePlan, training_seed
 from client.tasks import initial_model
 from client.training import DeviceRecords, Trainer
+from server.cohort import expected_size
 from simulations.evaluation import Evaluation
 from simulations.federation import Federation, pooled
 from strategies.parameters import Vector
@@ -56,10 +57,11 @@ def baselines(
 
 def _alone(federation: Federation, evaluation: Evaluation, start: Vector, train: Train) -> dict[str, Any]:
     sites: dict[str, dict[str, float]] = {}
+    rounds = _rounds(federation)
     for name, data in federation.data.items():
         federation.trainer.load(start)
         records = federation.trainer.place(data.train)
-        for round_number in range(1, federation.job.training.rounds + 1):
+        for round_number in range(1, rounds + 1):
             train(records, name, round_number)
         sites[name] = evaluation.one_site(federation.trainer.read().copy(), name)
     rows = {name: len(data.test) for name, data in federation.data.items()}
@@ -68,6 +70,12 @@ def _alone(federation: Federation, evaluation: Evaluation, start: Vector, train:
         for metric in next(iter(sites.values()))
     }
     return {**means, "sites": sites}
+
+
+def _rounds(federation: Federation) -> int:
+    """In how many rounds a site takes part on average: who is asked a third of the time sees its records as often."""
+    job, sites = federation.job, len(federation.data)
+    return max(1, round(job.training.rounds * expected_size(sites, job.cohort) / sites))
 
 
 def _pooled(federation: Federation, evaluation: Evaluation, start: Vector) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def _pooled(federation: Federation, evaluation: Evaluation, start: Vector) -> di
     trainer = Trainer(federation.task, model, training)
     trainer.load(start)
     records = trainer.place(pooled(federation.data).train)
-    for round_number in range(1, job.training.rounds + 1):
+    for round_number in range(1, _rounds(federation) + 1):
         trainer.train(records, seed=training_seed(job.seed, "pooled", round_number))
     scores = evaluation(trainer.read().copy())
     return {name: value for name, value in scores.items() if name != "worst_site"}

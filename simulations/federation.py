@@ -26,7 +26,10 @@ from client.site import Files, Site, SitePlan
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
 from privacy.errors import DataError, JobError
+from privacy.events import GaussianEvent
 from privacy.noise import NoiseSource, OsNoise, SeededNoise
+from server.cohort import draw_cohort
+from server.release import ReleasePlan
 from simulations.faults import FaultySite, Handler
 from simulations.partition import partition
 from strategies.catalogue import strategy_for
@@ -71,8 +74,10 @@ class Federation:
         """Raises `JobError` or `DataError` for whatever cannot work, before anything is written."""
         strategy, task = strategy_for(job), task_for(job)
         data = load_sites(job)
-        if job.cohort.minimum > len(data):
-            raise JobError(f"cohort.minimum is {job.cohort.minimum}, the job has {len(data)} sites")
+        if job.least_answers > len(data):
+            raise JobError(f"cohort.minimum is {job.least_answers}, the job has {len(data)} sites")
+        if (job.cohort.separation or 1) > len(data):
+            raise JobError(f"cohort.separation is {job.cohort.separation}, the job has {len(data)} sites")
         try:
             model = initial_model(
                 task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed
@@ -101,9 +106,33 @@ class Federation:
                 rng=self.noise_kind,
                 site=name,
                 noise_multiplier=known[name]["noise_multiplier"] if known is not None else None,
+                layers=self.trainer.parameters.sizes,
             )
             for name, data in self.data.items()
         }
+
+    def release_plan(self, known: Mapping[str, Any] | None = None) -> ReleasePlan | None:
+        """What the server's noise will do, where the job asks for it; `known` is its part of plans.json."""
+        if self.job.privacy.central is None:
+            return None
+        return ReleasePlan.make(
+            self.job,
+            clients=len(self.data),
+            parameters=self.trainer.parameters.size,
+            rng=self.noise_kind,
+            noise_multiplier=known["calibrated"] if known is not None else None,
+            layers=self.trainer.parameters.sizes,
+        )
+
+    def cohort(self, round_number: int) -> list[str]:
+        """Whom a round asks."""
+        return draw_cohort(
+            self.names,
+            self.job.cohort,
+            seed=self.job.seed,
+            round_number=round_number,
+            secret=lambda number: self.noise("the cohort", number),
+        )
 
     def client(self, name: str, plan: SitePlan, files: Files | None) -> Handler:
         """The client of one site, wrapped in the faults that the job asks for."""
@@ -115,6 +144,7 @@ class Federation:
             trainer=self.trainer,
             records=self.data[name].train,
             noise=lambda round_number: self.noise(name, round_number),
+            guard_noise=lambda round_number: self.noise(f"{name} as a whole", round_number),
             files=files,
             simulation=True,
         )
@@ -124,7 +154,7 @@ class Federation:
         return FaultySite(site, self.names.index(name), faults, self.job.seed)
 
     def noise(self, name: str, round_number: int) -> NoiseSource:
-        """The noise source of one site in one round."""
+        """The noise source of one site, or of something that no site can be called, in one round."""
         if self.job.simulation.noise == "os":
             return self._os_noise
         return SeededNoise(self.job.seed, name, round_number)
@@ -132,6 +162,19 @@ class Federation:
     @cached_property
     def _os_noise(self) -> NoiseSource:
         return OsNoise()
+
+
+def release_record(plan: ReleasePlan) -> dict[str, Any]:
+    """The server's noise as plans.json and the summary state it."""
+    event = plan.event
+    return {
+        "clients": plan.clients,
+        "expected_cohort": plan.cohort,
+        "noise_multiplier": event.noise_multiplier,
+        "calibrated": plan.noise_multiplier,
+        "clip_norm": event.clip_norm,
+        "sampling_rate": event.sampling_rate if isinstance(event, GaussianEvent) else 1.0,
+    }
 
 
 def plan_record(plan: SitePlan) -> dict[str, Any]:
@@ -157,9 +200,13 @@ def pooled(data: Mapping[str, SiteData]) -> SiteData:
 def _one_table(job: Job) -> pd.DataFrame:
     if job.data.path is not None:
         return read_frame(Path(job.data.folder) / job.data.path, job.data)
-    from sklearn.datasets import load_breast_cancer
+    from sklearn.datasets import load_breast_cancer, load_digits
 
-    bundled = load_breast_cancer(as_frame=True)
-    frame: pd.DataFrame = bundled.data.assign(malignant=1 - bundled.target)
-    require_columns(frame, job.data, where="the bundled data set breast-cancer")
+    if job.data.bundled == "digits":
+        digits = load_digits(as_frame=True)
+        frame: pd.DataFrame = digits.data.assign(digit=digits.target)
+    else:
+        tumours = load_breast_cancer(as_frame=True)
+        frame = tumours.data.assign(malignant=1 - tumours.target)
+    require_columns(frame, job.data, where=f"the bundled data set {job.data.bundled}")
     return frame

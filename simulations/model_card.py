@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.data import class_count, feature_names
-from strategies.job import Job
+from strategies.job import ClientPrivacy, Job, RecordPrivacy
 from strategies.parameters import Parameters
 
 
@@ -55,23 +55,47 @@ limits what it reveals about any one record.
 
 
 def _privacy(job: Job, summary: Mapping[str, Any]) -> str:
-    record = job.privacy.record
-    if record is None:
+    parts = [_records(job.privacy.record, summary)] if job.privacy.record else []
+    if job.privacy.client is not None:
+        parts.append(_clients(job.privacy.client, job.cohort.rate, summary))
+    if not parts:
         return "**None.** Updates left the sites exact. Nothing bounds what this model reveals about a record."
+    if summary["noise"] != "os":
+        parts.append(
+            "**The noise was seeded: this model protects nobody.** The epsilons say what real noise would have cost."
+        )
+    return "\n\n".join(parts)
+
+
+def _clients(client: ClientPrivacy, rate: float | None, summary: Mapping[str, Any]) -> str:
+    whole = summary["client"]
+    if whole is None:
+        worst = max((site["client"] for site in summary["sites"].values()), key=lambda claim: claim["epsilon"])
+        return f"""Client-level (epsilon, delta)-differential privacy by noise that each client added to its own update:
+epsilon {worst["epsilon"]:.4f} (PLD), {worst["epsilon_rdp"]:.4f} (RDP) at delta {client.delta:g} at most, under
+add/remove-one of a client. Clip norm {client.clip_norm:g}."""
+    sampled = (
+        f" Each client was asked with chance {rate:g} a round; the bound counts on nobody but the server learning who."
+        if rate is not None
+        else ""
+    )
+    return f"""Client-level (epsilon, delta)-differential privacy for each of the {whole["clients"]} clients as a whole,
+by {client.noise} noise that the server added to each round's sum: epsilon {whole["epsilon"]:.4f} (PLD),
+{whole["epsilon_rdp"]:.4f} (RDP) at delta {client.delta:g}, under add/remove-one of a client, for all models of the
+training. Noise multiplier {whole["noise_multiplier"]:.4g}, clip norm {whole["clip_norm"]:g}, expected cohort
+{whole["expected_cohort"]:g}.{sampled} The server is trusted: it saw each update."""
+
+
+def _records(record: RecordPrivacy, summary: Mapping[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {site['epsilon']:.4f} | {site['epsilon_rdp']:.4f} | {site['noise_multiplier']:.4g} "
-        f"| {site['sampling_rate']:.4g} | {site['steps']} |"
+        f"| {site['sampling_rate']:.4g} | {site['steps'] or 0} |"
         for name, site in summary["sites"].items()
-    )
-    seeded = (
-        "\n\n**The noise was seeded: this model protects nobody.** The epsilons say what real noise would have cost."
-        if summary["noise"] != "os"
-        else ""
     )
     return f"""Record-level (epsilon, delta)-differential privacy at every site, for the site's training rows, under
 add/remove-one of a record (the row counts themselves are public: the record that is taken out leaves an empty one).
 Clip norm {record.clip_norm:g}, delta {record.delta:g}, DP-SGD with Poisson batches and integer noise; epsilon by
-privacy loss distributions (PLD), with Rényi DP as the cross-check. `fedchorus audit` recomputes both.{seeded}
+privacy loss distributions (PLD), with Rényi DP as the cross-check. `fedchorus audit` recomputes both.
 
 | site | epsilon (PLD) | epsilon (RDP) | noise multiplier | sampling rate | steps |
 |---|---|---|---|---|---|

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "answered", "seconds", "ETA")
-WIDTHS = (8, 9, 10, 26, 9, 10, 9, 8)
+COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "of a site", "answered", "seconds", "ETA")
+WIDTHS = (8, 9, 10, 26, 9, 11, 10, 9, 8)
 
 
 class RoundTable:
@@ -51,6 +51,7 @@ class RoundTable:
             figure(line.get("accuracy"), 3),
             f"{worst} {figure(line['sites'][worst].get('accuracy'), 3)}",
             figure(max(epsilons, default=None), 3),
+            figure(line.get("epsilon_client"), 3),
             f"{len(line['contributors'])}/{len(line['contributors']) + len(line['failures'])}",
             f"{line['seconds']:.2f}",
             time.strftime("%M:%S" if left < 3600 else "%H:%M:%S", time.gmtime(left)),
@@ -99,7 +100,12 @@ def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) 
     console.print(sites)
     if len(listed) > 20:
         console.print(f"... and {len(listed) - 20} more sites in summary.json")
-    if summary["epsilon"]["record"] is None:
+    if (whole := summary["epsilon"]["client"]) is not None:
+        central = summary["client"]
+        where = f"noise {figure(central['noise_multiplier'], 3)} on the sum" if central else "noise at each site"
+        delta = central["delta"] if central else next(iter(summary["sites"].values()))["client"]["delta"]
+        console.print(f"a whole site: epsilon {figure(whole, 3)}, delta {delta:g}, {where}", soft_wrap=True)
+    if summary["epsilon"]["record"] is None and whole is None:
         console.print("[bold]This run was not private[/]: set privacy.record in the job to protect each record.")
     elif summary["noise"] != "os":
         console.print("[bold]Noise was seeded[/]: this run repeats exactly and protects nobody.")

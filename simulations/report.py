@@ -56,6 +56,8 @@ class _Privacy:
     largest: float | None  # Record-level epsilon; infinite where a site has no bound.
     delta: float | None
     whole_site: float | None  # Client-level epsilon.
+    whole_delta: float | None
+    whole: Mapping[str, Any]  # The server's noise for whole sites, where it adds it.
     adjacency: str
     seeded: bool
 
@@ -67,6 +69,10 @@ class _Privacy:
             largest=_largest(_at(summary, "epsilon", "record"), *(_at(site, "epsilon") for site in sites.values())),
             delta=_largest(*(_at(site, "delta") for site in sites.values())),
             whole_site=_number(_at(summary, "epsilon", "client")),
+            whole_delta=_largest(
+                _at(summary, "client", "delta"), *(_at(site, "client", "delta") for site in sites.values())
+            ),
+            whole=_at(summary, "client") or {},
             adjacency=str(summary.get("adjacency") or "-").replace("_", " "),
             seeded=summary.get("noise") == "seeded-simulation",
         )
@@ -78,7 +84,9 @@ class _Privacy:
 
     @property
     def unbounded(self) -> list[str]:
-        """The sites without a finite record-level epsilon."""
+        """The sites without a finite record-level epsilon, where records are protected at all."""
+        if self.largest is None and self.whole_site is not None:
+            return []
         return [name for name, epsilon in self.by_site.items() if finite(epsilon) is None]
 
 
@@ -94,7 +102,11 @@ def _header(name: str, summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
         "records are not protected at every site": bool(privacy.unbounded),
     }
     alarm = next((told for told, holds in alarms.items() if holds), None)
-    bound = f"record-level differential privacy, ε ≤ {_upward(privacy.largest)} at every site"
+    bounds = {
+        f"record-level differential privacy, ε ≤ {_upward(privacy.largest)} at every site": privacy.largest,
+        f"client-level differential privacy, ε ≤ {_upward(privacy.whole_site)} for every site": privacy.whole_site,
+    }
+    bound = " · ".join(told for told, epsilon in bounds.items() if epsilon is not None)
     size = f"Sites: {len(privacy.by_site)} · rounds: {_count(summary.get('rounds'))} · "
     lede = element("p", size, element("strong", alarm) if alarm else bound, class_="lede")
     return element("header", brand, element("h1", name), lede)
@@ -102,7 +114,8 @@ def _header(name: str, summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
 
 def _outcome(summary: Mapping[str, Any]) -> Markup:
     metrics = _at(summary, "metrics") or {}
-    exact = ", no privacy" if _at(summary, "epsilon", "record") is not None else ""
+    private = any(_at(summary, "epsilon", unit) is not None for unit in ("record", "client"))
+    exact = ", no privacy" if private else ""
     reached = [
         ("Federated", metrics.get("accuracy"), "one model, no row moved"),
         ("Local only", _at(summary, "baselines", "local", "accuracy"), f"each site alone{exact}"),
@@ -150,9 +163,11 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
         noise = {"os": "secret, from the operating system", "seeded-simulation": "seeded: no protection"}
         units = {"one record (a training row)": privacy.largest, "one site": privacy.whole_site}
         facts = {
-            "Largest ε at a site": _upward(privacy.largest),
+            "Largest ε at a site": None if privacy.largest is None else _upward(privacy.largest),
+            "δ": None if privacy.delta is None else _upward(privacy.delta),
             "ε for a whole site": None if privacy.whole_site is None else _upward(privacy.whole_site),
-            "Largest δ": _upward(privacy.delta),
+            "δ for a whole site": None if privacy.whole_delta is None else _upward(privacy.whole_delta),
+            **_server_noise(privacy.whole),
             "Unit": " and ".join(unit for unit, epsilon in units.items() if epsilon is not None),
             "Adjacency": privacy.adjacency,
             "Noise": noise.get(str(summary.get("noise")), "-"),
@@ -162,7 +177,20 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
                 page.captioned("Privacy spent, in all, after each round", _epsilon_chart(rounds)), page.facts(facts)
             )
         )
-    return page.section("spent", "What was spent", *parts, _spending_table(summary, privacy))
+    table = [] if privacy.largest is None and privacy.whole_site is not None else [_spending_table(summary, privacy)]
+    return page.section("spent", "What was spent", *parts, *table)
+
+
+def _server_noise(whole: Mapping[str, Any]) -> dict[str, str]:
+    """What protects whole sites, where the server adds it."""
+    if not whole:
+        return {}
+    return {
+        "Noise multiplier on the sum": _figure(whole.get("noise_multiplier")),
+        "Chance of a site to be asked": _share(whole.get("sampling_rate")),
+        "Expected cohort": f"{_figure(whole.get('expected_cohort'))} of {_count(whole.get('clients'))}",
+        "Clip norm of an update": _figure(whole.get("clip_norm")),
+    }
 
 
 def _spending_table(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
@@ -205,6 +233,10 @@ def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
         band, told = (low, high), f"{told} The shaded band holds every site."
     if spent:
         lines.append(charts.Line(f"largest: {most}" if band else most, spent[most], strong=True))
+    whole = [finite(entry.get("epsilon_client")) for entry in rounds]
+    if any(value is not None for value in whole):
+        told = f"{told if spent else ''} A whole site: ε = {_upward(whole[-1])} after the last round.".strip()
+        lines.append(charts.Line("a whole site", whole, strong=not spent))
     title = "Epsilon over rounds"
     return charts.line_chart("epsilon", title, told, _numbers(rounds), lines, y_label="ε", from_zero=True, band=band)
 
@@ -264,7 +296,17 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
 
 
 def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
-    heads = ["Round", "Loss", "Accuracy", "Worst site", "Contributors", "ε (largest)", "Seconds", "Failures"]
+    heads = [
+        "Round",
+        "Loss",
+        "Accuracy",
+        "Worst site",
+        "Contributors",
+        "ε (largest)",
+        "ε (site)",
+        "Seconds",
+        "Failures",
+    ]
     spent = _spent_so_far(rounds)
     rows = []
     for i, (number, entry) in enumerate(zip(_numbers(rounds), rounds, strict=True)):
@@ -277,12 +319,13 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
                 entry.get("worst_site") or "-",
                 _count(len(entry.get("contributors") or ())),
                 _upward(_largest(*(values[i] for values in spent.values()))),
+                _upward(entry.get("epsilon_client")),
                 _shown(entry.get("seconds"), lambda seconds: f"{seconds:.2f}"),
                 _listed(failures) or "-",
             ]
         )
     return page.details(
-        f"Every round ({len(rounds)})", page.table("Figures of every round", heads, rows, words={0, 3, 7})
+        f"Every round ({len(rounds)})", page.table("Figures of every round", heads, rows, words={0, 3, 8})
     )
 
 
@@ -299,14 +342,22 @@ def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
             f"at δ ≤ {_upward(privacy.delta)}."
         )
     if privacy.whole_site is not None:
-        says.append(f"With a whole site as the unit, ε = {_upward(privacy.whole_site)}.")
+        where = "the server, which sees each update, adds" if privacy.whole else "each site adds"
+        says.append(
+            f"With a whole site as the unit (all its rows at once, and whether it took part), ε = "
+            f"{_upward(privacy.whole_site)} at δ = {_upward(privacy.whole_delta)}, for all models of this run: {where} "
+            "the noise that hides one site's whole update."
+        )
+        if (privacy.whole.get("sampling_rate") or 1) < 1:
+            says.append("This counts on nobody outside the server learning which sites took part in a round.")
     if privacy.seeded:
         says.append("As the noise was seeded, this holds for the same run with secret noise, and not for this one.")
     not_said = (
-        "A person with several rows is protected less than one row is; a site as a whole, and facts that hold for a "
-        "whole population, are not protected by a record-level bound. Row counts of sites are public. The loss and "
-        "accuracy figures of this page are the researcher's view of a simulation: computed on test rows, exact, and "
-        "not covered by the guarantee; nor are the models trained alone and pooled that they are compared with."
+        "A person with several rows is protected less than one row is; a site as a whole is not protected by a "
+        "record-level bound, and facts that hold for a whole population are by none. Row counts of sites are public. "
+        "The loss and accuracy figures of this page are the researcher's view of a simulation: computed on test rows, "
+        "exact, and not covered by the guarantee; nor are the models trained alone and pooled that they are compared "
+        "with."
     )
     command = element("code", f"fedchorus audit {shlex.quote(str(summary.get('run') or 'RUN'))}")
     return page.section(

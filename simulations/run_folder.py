@@ -3,10 +3,11 @@
 job.toml            the resolved job; its SHA-256 names the job
 roster.json         the sites' public keys           plans.json   each site's rows, noise and sampling
 ledgers/SITE.jsonl  what each site released          heads.jsonl  the ledgers' heads after each round
+server.jsonl        what the server released, where it adds the noise
 metrics.jsonl       one line a round                 summary.json the claims; written last: without it, unfinished
 initial.safetensors, model.safetensors, MODEL_CARD.md, report.html
-checkpoint.safetensors                               the server's state after the last finished round
 private/SITE/       the site's identity key and outbox: in deployment this lies at the site alone
+private/_server/    the server's state after the last finished round, and its key: they are its own too
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from client.site import Files
 from privacy.durable import write_atomically
 from privacy.errors import RunError
+from privacy.ledger import SERVER
 from strategies.job import Job, load_job
 
 
@@ -66,6 +68,13 @@ class RunFolder:
             raise RunError(f"{self.path}: plans.json is damaged")
         return plans
 
+    def known_release(self) -> dict[str, Any] | None:
+        """The server's noise as it was calibrated when the run began."""
+        planned = self.read("plans.json").get("client")
+        if planned is not None and not (isinstance(planned, dict) and "calibrated" in planned):
+            raise RunError(f"{self.path}: plans.json is damaged")
+        return planned
+
     @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()
@@ -80,7 +89,12 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / "checkpoint.safetensors"
+        return self.path / "private" / SERVER / "checkpoint.safetensors"
+
+    @property
+    def server_files(self) -> Files:
+        private = self.path / "private" / SERVER
+        return Files(self.path / "server.jsonl", private / "identity.pem", private / "outbox.bin")
 
     def files_of(self, site: str) -> Files:
         private = self.path / "private" / site

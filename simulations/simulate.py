@@ -11,19 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.site import SitePlan, layout_for
-from privacy.accountant import epsilon, epsilon_pld
-from privacy.budget import charged
+from client.site import Files, SitePlan, layout_for
+from privacy.accountant import epsilon
+from privacy.budget import Accounts, JobAccount, LedgerAccounts, SiteBudget
 from privacy.errors import LedgerError, RunError
-from privacy.events import ADD_OR_REMOVE_ONE
+from privacy.events import ADD_OR_REMOVE_ONE, UNIT_CLIENT, UNIT_RECORD, Event, GaussianEvent
 from privacy.keys import IdentityKey
-from privacy.ledger import Head, LedgerView
+from privacy.ledger import SERVER, Head, Ledger, LedgerView
 from server.checkpoint import load_checkpoint, save_checkpoint
 from server.collect import PlainCollector, Transport
+from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
 from server.rounds import RoundResult, heads_line, run_rounds
 from simulations.baselines import baselines
 from simulations.evaluation import Evaluation
-from simulations.federation import Federation, plan_record
+from simulations.federation import Federation, plan_record, release_record
 from simulations.inline import InlineTransport
 from simulations.model_card import model_card
 from simulations.report import render_report
@@ -31,6 +32,7 @@ from simulations.run_folder import RunFolder, fresh_path
 from strategies.job import Job
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
+from strategies.total import Layout
 
 MANY_PLANS = 8  # With more kinds of plan than this, a round's epsilon is computed for the costliest sites alone.
 
@@ -45,30 +47,83 @@ class Watcher:
     stop: Callable[[], bool] = lambda: False
 
 
-def start_run(job: Job, *, out: Path | None, parent: Path, watcher: Watcher, now: datetime) -> dict[str, Any] | None:
+def start_run(
+    job: Job, *, out: Path | None, parent: Path, watcher: Watcher, now: datetime, after: Path | None = None
+) -> dict[str, Any] | None:
     """Run `job` in a new run folder; return its summary, or None when `watcher.stop` ended it early.
 
-    Whatever cannot work (data, schema, budget) raises before a folder exists.
+    `after` is an earlier run by the same data holders: their keys, ledgers and budgets go on from there. Whatever
+    cannot work (data, schema, budget) raises before a folder exists.
     """
     watcher.status("reading data")
     federation = Federation.load(job)
-    watcher.status("calibrating noise" if job.privacy.record else "preparing")
-    plans = federation.plans()
+    private = job.privacy.record or job.privacy.client
+    watcher.status("calibrating noise" if private else "preparing")
+    plans, release = federation.plans(), federation.release_plan()
     folder = RunFolder.create(out or fresh_path(job, parent, now), job)
     try:
-        _prepare(folder, job, federation, plans)
+        _prepare(folder, job, federation, plans, release, after)
     except BaseException:  # Ctrl-C too: half a folder could neither be resumed nor used again.
         shutil.rmtree(folder.path)
         raise
-    return _Run(folder, job, federation, plans, watcher).finish()
+    return _Run(folder, job, federation, plans, release, watcher).finish()
 
 
-def _prepare(folder: RunFolder, job: Job, federation: Federation, plans: Mapping[str, SitePlan]) -> None:
-    folder.write("plans.json", {"v": 1, "job": job.hash, "sites": {n: plan_record(plan) for n, plan in plans.items()}})
+def _prepare(
+    folder: RunFolder,
+    job: Job,
+    federation: Federation,
+    plans: Mapping[str, SitePlan],
+    release: ReleasePlan | None,
+    after: Path | None,
+) -> None:
+    if after is not None:
+        _go_on(folder, RunFolder.open(after), job, plans, release)
+    planned: dict[str, Any] = {"v": 1, "job": job.hash, "sites": {n: plan_record(plan) for n, plan in plans.items()}}
+    roster: dict[str, Any] = {"v": 1, "sites": {}}
+    if release is not None:
+        planned["client"] = release_record(release)
+        roster["server"] = _key(folder.server_files).public_hex
+    if job.privacy.at_sites:
+        for name in federation.names:
+            roster["sites"][name] = _key(folder.files_of(name)).public_hex
+    folder.write("plans.json", planned)
     federation.trainer.parameters.save(federation.trainer.read(), folder.initial_model, {"job": job.hash, "round": "0"})
-    if job.privacy.record is not None:
-        keys = {name: IdentityKey.create(folder.files_of(name).identity).public_hex for name in federation.names}
-        folder.write("roster.json", {"v": 1, "sites": keys})
+    if len(roster) > 2 or roster["sites"]:
+        folder.write("roster.json", roster)
+
+
+def _key(files: Files) -> IdentityKey:
+    return IdentityKey.load(files.identity) if files.identity.exists() else IdentityKey.create(files.identity)
+
+
+def _go_on(
+    folder: RunFolder, earlier: RunFolder, job: Job, plans: Mapping[str, SitePlan], release: ReleasePlan | None
+) -> None:
+    """Bring the ledgers of an earlier run along, and refuse what their holders' budgets do not allow."""
+    brought = {name: (earlier.files_of(name), folder.files_of(name)) for name, plan in plans.items() if plan.events}
+    accounts = {
+        name: JobAccount(job.hash, job.purpose, plan.rounds, plan.events, None, plan.limits)
+        for name, plan in plans.items()
+    }
+    if release is not None:
+        brought[SERVER] = (earlier.server_files, folder.server_files)
+        accounts[SERVER] = JobAccount(job.hash, job.purpose, release.rounds, (release.event,), None, (release.limit,))
+    for name, (there, here) in brought.items():
+        if not there.identity.exists():
+            if name != SERVER:
+                raise RunError(f"{earlier.path}: has no site {name} with a ledger; --after needs the same data holders")
+            continue
+        for source, target in ((there.identity, here.identity), (there.ledger, here.ledger)):
+            if source.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+        before = LedgerAccounts(Ledger(here.ledger, name, IdentityKey.load(here.identity))).now()
+        if job.hash in before.jobs:
+            raise RunError(f"{earlier.path}: this very job is in its ledgers already; give it another name or seed")
+        if name != SERVER and before.dataset not in (None, job.data.dataset):
+            raise RunError(f"{name}: its ledger is that of data set {before.dataset!r}, not {job.data.dataset!r}")
+        before.check_affordable(accounts[name])
 
 
 def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:
@@ -79,7 +134,8 @@ def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:
     job = folder.job
     watcher.status("reading data")
     federation = Federation.load(job)
-    return _Run(folder, job, federation, federation.plans(folder.known_plans()), watcher).finish()
+    plans = federation.plans(folder.known_plans())
+    return _Run(folder, job, federation, plans, federation.release_plan(folder.known_release()), watcher).finish()
 
 
 @dataclass
@@ -88,14 +144,18 @@ class _Run:
     job: Job
     federation: Federation
     plans: dict[str, SitePlan]
+    release_plan: ReleasePlan | None
     watcher: Watcher
     _views: dict[str, LedgerView] = field(default_factory=dict)
+    _accounts: dict[str, LedgerAccounts] = field(default_factory=dict)
+    _release: CentralRelease | None = None
     _round_began: float = 0.0
 
     def finish(self) -> dict[str, Any] | None:
         with self.folder.locked():
-            if self.job.privacy.record is not None:
+            if self.job.privacy.at_sites:
                 self._views = self._open_ledgers()
+                self._accounts = {name: LedgerAccounts(view) for name, view in self._views.items()}
             parameters, start = Parameters.load(self.folder.initial_model)
             state = ServerState(start)
             if self.folder.checkpoint.exists():
@@ -116,43 +176,59 @@ class _Run:
         if not isinstance(roster, dict) or set(roster) != set(self.federation.names):
             raise RunError(f"{self.folder.path}: roster.json does not name the sites of the job")
         views = {name: LedgerView(self.folder.files_of(name).ledger, name, key) for name, key in roster.items()}
-        for site, (seq, digest) in self._heads().items():
-            views[site].refresh()
-            if len(views[site].entries) <= seq or views[site].entries[seq].hash != digest:
-                raise LedgerError(
-                    f"ledger of {site}: the server saw entry {seq} of it, which is gone or another; "
-                    "restore the newest copy, what was spent stays spent"
-                )
+        for site, head in self._heads()[0].items():
+            _check_holds(views[site], head)
         return views
 
-    def _heads(self) -> dict[str, Head]:
-        """The newest ledger heads that the server kept."""
+    def _heads(self) -> tuple[dict[str, Head], Head | None]:
+        """The newest heads of the sites' ledgers that the server kept, and of its own."""
         lines = self.folder.lines("heads.jsonl")
+        if not lines:
+            return {}, None
         try:
-            return (
-                {site: Head(int(seq), str(digest)) for site, (seq, digest) in lines[-1]["heads"].items()}
-                if lines
-                else {}
-            )
-        except (KeyError, TypeError, ValueError, AttributeError):
+            own = lines[-1].get("server")
+            heads = {site: Head(int(seq), str(digest)) for site, (seq, digest) in lines[-1]["heads"].items()}
+            return heads, Head(int(own[0]), str(own[1])) if own is not None else None
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise RunError(f"{self.folder.path}: heads.jsonl is damaged") from None
+
+    def _open_release(self, layout: Layout, state: ServerState, seen: Head | None) -> Release:
+        if self.release_plan is None:
+            return PlainRelease(layout)
+        files = self.folder.server_files
+        ledger = Ledger(files.ledger, SERVER, IdentityKey.load(files.identity))
+        if seen is not None:
+            _check_holds(ledger, seen)
+        self._release = CentralRelease(
+            self.release_plan,
+            job=self.job,
+            layout=layout,
+            budget=SiteBudget(ledger),
+            noise=lambda number: self.federation.noise("the sum", number),
+            asked_before=(self.federation.cohort(number) for number in range(1, state.round_number + 1)),
+        )
+        self._release.open(simulation=True)
+        return self._release
 
     def _train(self, state: ServerState, evaluation: Evaluation) -> ServerState:
         finished = [state]
-        heads = self._heads()
+        heads, server_head = self._heads()
+        release = self._open_release(layout_for(self.job, self.federation.trainer.parameters.size), state, server_head)
 
         def drive(transport: Transport) -> None:
             self._round_began = time.perf_counter()
             finished[0] = run_rounds(
                 state,
                 job=self.job,
-                sites=self.federation.names,
                 strategy=self.federation.strategy,
-                collector=PlainCollector(transport, layout_for(self.job, self.federation.trainer.parameters.size)),
+                collector=PlainCollector(transport),
+                release=release,
+                cohort=self.federation.cohort,
                 evaluate=evaluation,
                 record=self._record,
                 checkpoint=lambda after: save_checkpoint(after, self.folder.checkpoint, job=self.job.hash),
                 heads=heads,
+                server_head=server_head,
                 stop=self.watcher.stop,
             )
 
@@ -174,47 +250,60 @@ class _Run:
 
     def _record(self, result: RoundResult) -> None:
         collected = result.collected
-        training = collected.total.metrics
+        training = collected.total.metrics if not (self.job.privacy.record or self.job.privacy.client) else {}
         line = {
             "round": result.round_number,
             **result.evaluation,
             "training_loss": training["loss"] / training["examples"] if training else None,
             "epsilon": self._epsilons(),
+            "epsilon_client": self._client_epsilon(),
             "contributors": list(collected.contributors),
             "failures": dict(collected.failures),
             "seconds": round(time.perf_counter() - self._round_began, 4),
         }
         self._round_began = time.perf_counter()
-        if result.heads:
-            self.folder.append("heads.jsonl", heads_line(result.round_number, result.heads))
+        if result.heads or result.server_head:
+            self.folder.append("heads.jsonl", heads_line(result.round_number, result.heads, result.server_head))
         self.folder.append("metrics.jsonl", line)
         self.watcher.round(line)
 
     def _epsilons(self) -> dict[str, float]:
-        """Epsilon spent so far, by PLD, from the ledgers themselves.
+        """Record-level epsilon spent so far, by PLD, from the ledgers themselves.
 
-        A kind of plan costs some tenths of a second a round; with many kinds only the sites with the largest Rényi
-        bound are computed while training goes on, and all of them at the end.
+        A kind of plan costs some hundredths of a second a round; with many kinds only the sites with the largest rough
+        figure are computed while training goes on, and all of them at the end.
         """
         record = self.job.privacy.record
         if record is None:
             return {}
-        events = {}
-        for name, view in self._views.items():
-            view.refresh()
-            events[name] = charged(view.entries)
-        if len({(plan.sgd, plan.event) for plan in self.plans.values()}) > MANY_PLANS:
+        names = self.federation.names
+        if len({plan.events for plan in self.plans.values()}) > MANY_PLANS:
             rough = {
-                name: sum(e.count * e.sampling_rate**2 / e.noise_multiplier**2 for e in spent)
-                for name, spent in events.items()
+                name: sum(
+                    e.count * e.sampling_rate**2 / e.noise_multiplier**2
+                    for e in self._accounts[name].now().spent(UNIT_RECORD)
+                    if isinstance(e, GaussianEvent)
+                )
+                for name in names
             }
             largest = max(rough.values())
-            events = {name: events[name] for name in events if rough[name] >= largest * (1 - 1e-9)}
-        return {name: epsilon_pld(spent, record.delta) for name, spent in events.items()}
+            names = [name for name in names if rough[name] >= largest * (1 - 1e-9)]
+        return {name: self._spent(name, UNIT_RECORD, record.delta) for name in names}
+
+    def _client_epsilon(self) -> float | None:
+        """Client-level epsilon spent so far: the server's, or the largest of any client that noises itself."""
+        if self._release is not None:
+            return self._release.epsilon()
+        local = self.job.privacy.local
+        return max(self._spent(n, UNIT_CLIENT, local.delta) for n in self.federation.names) if local else None
+
+    def _spent(self, name: str, unit: str, delta: float) -> float:
+        return self._accounts[name].now().epsilon(unit, delta, spent_only=True)
 
     def _conclude(
         self, state: ServerState, parameters: Parameters, evaluation: Evaluation, start: Vector
     ) -> dict[str, Any]:
+        self._settle()
         scores = evaluation(state.model)
         compared: dict[str, Any] = {}
         if self.job.simulation.baselines:
@@ -228,21 +317,28 @@ class _Run:
         self.folder.write("summary.json", summary)
         return summary
 
+    def _settle(self) -> None:
+        """The job is over: whatever was planned for it and not reserved is free again."""
+        if self._release is not None:
+            self._release.settle()
+        for name, plan in self.plans.items():
+            files = self.folder.files_of(name)
+            if plan.events and files.ledger.exists():
+                SiteBudget(Ledger(files.ledger, name, IdentityKey.load(files.identity))).settle(self.job.hash)
+
     def _report(self, summary: Mapping[str, Any]) -> str:
         return render_report(
             job_toml=self.job.toml.decode(), summary=summary, rounds=self.folder.lines("metrics.jsonl")
         )
 
     def _summary(self, scores: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, Any]:
-        record, lines = self.job.privacy.record, self.folder.lines("metrics.jsonl")
+        record, local, lines = self.job.privacy.record, self.job.privacy.local, self.folder.lines("metrics.jsonl")
         sites: dict[str, dict[str, Any]] = {}
         for name, data in self.federation.data.items():
-            spent = None
-            releases = 0
-            if record is not None:
-                self._views[name].refresh()
-                events = charged(self._views[name].entries)
-                spent, releases = epsilon(events, record.delta), sum(event.count for event in events)
+            accounts = self._accounts[name].now() if name in self._accounts else Accounts(name)
+            spent = epsilon(accounts.spent(UNIT_RECORD), record.delta) if record else None
+            mine = accounts.jobs.get(self.job.hash)
+            releases = sum(event.count for event in mine.spent(UNIT_RECORD)) if record and mine else 0
             metrics = {key: value for key, value in scores["sites"][name].items() if key != "rows"}
             sites[name] = {
                 **plan_record(self.plans[name]),
@@ -253,7 +349,15 @@ class _Run:
                 "delta": record.delta if record else None,
                 "steps": releases or None,
                 "rounds": sum(name in line["contributors"] for line in lines),
+                "client": _client_claim(accounts.spent(UNIT_CLIENT), local.delta) if local else None,
             }
+        central, whole = self.job.privacy.central, None
+        if self._release is not None and self.release_plan is not None and central is not None:
+            whole = {
+                **release_record(self.release_plan),
+                **_client_claim(self._release.accounts().spent(UNIT_CLIENT), central.delta),
+            }
+        whole_sites = [s["client"]["epsilon"] for s in sites.values() if s["client"]]
         return {
             "run": str(self.folder.path),
             "name": self.job.name,
@@ -266,13 +370,29 @@ class _Run:
             "baselines": compared,
             "epsilon": {
                 "record": max((s["epsilon"] for s in sites.values()), default=None) if record else None,
-                "client": None,
+                "client": whole["epsilon"] if whole else max(whole_sites, default=None),
             },
-            "noise": self.federation.noise_kind if record else None,
-            "adjacency": ADD_OR_REMOVE_ONE if record else None,
+            "client": whole,
+            "noise": self.federation.noise_kind if record or self.job.privacy.client else None,
+            "adjacency": ADD_OR_REMOVE_ONE if record or self.job.privacy.client else None,
             "seconds": round(sum(line["seconds"] for line in lines), 3),
             "versions": {name: version(name) for name in ("fedchorus", "flwr", "torch", "numpy", "dp-accounting")},
         }
+
+
+def _client_claim(events: list[Event], delta: float) -> dict[str, Any]:
+    spent = epsilon(events, delta)
+    return {"epsilon": spent.pld, "epsilon_rdp": spent.rdp, "delta": delta}
+
+
+def _check_holds(ledger: LedgerView, head: Head) -> None:
+    """Raise `LedgerError` unless the ledger holds what the server last saw of it: a restored backup shows here."""
+    ledger.refresh()
+    if len(ledger.entries) <= head.seq or ledger.entries[head.seq].hash != head.hash:
+        raise LedgerError(
+            f"ledger of {ledger.site}: the server saw entry {head.seq} of it, which is gone or another; "
+            "restore the newest copy, what was spent stays spent"
+        )
 
 
 def rewrite_report(path: Path) -> Path:

@@ -75,10 +75,11 @@ class Data(Section):
     The target is 0 or 1, or one of `classes`, or positive exactly where it is among `positive`. Exactly one of
     `bundled` (a data set that a dependency carries), `path` (one CSV or Parquet file, its sites named
     by the column `client`) and `files` (one file per site). Relative paths start at `folder`, which starts at the
-    job file.
+    job file. `dataset` names the records at each site: a site keeps one ledger for each.
     """
 
-    bundled: Literal["breast-cancer"] | None = None
+    dataset: Name = "records"
+    bundled: Literal["breast-cancer", "digits"] | None = None
     folder: str = "."
     path: str | None = None
     files: dict[Name, str] | None = None
@@ -174,31 +175,39 @@ class Training(Section):
 
 
 class Cohort(Section):
-    """Whom a round asks: `size` sites drawn at random, or everyone; fewer than `minimum` answers end the run."""
+    """Whom a round asks: everyone; `size` sites drawn at random; each by its own coin of chance `rate`, which nobody
+    outside the server sees; or each only every `separation` rounds. Fewer than `minimum` answers end the run."""
 
     size: Count | None = None
-    minimum: Count = 1
+    rate: Rate | None = None
+    separation: Count | None = None
+    minimum: Count | None = None
 
     @model_validator(mode="after")
-    def _minimum_fits(self) -> Self:
-        if self.size is not None and self.minimum > self.size:
+    def _one_way_that_fits(self) -> Self:
+        given = [key for key in ("size", "rate", "separation") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give at most one of size, rate and separation; got {' and '.join(given)}")
+        if self.size is not None and (self.minimum or 1) > self.size:
             raise ValueError(f"cohort.minimum ({self.minimum}) is larger than cohort.size ({self.size})")
         return self
 
 
-class RecordPrivacy(Section):
-    """Record-level differential privacy at every site.
+class Protection(Section):
+    """What both units of privacy are told in.
 
     `epsilon` alone: the noise is calibrated so that all rounds together cost at most epsilon. `noise_multiplier`
     alone: no limit, the cost is reported. Both: epsilon is a budget, and a plan that exceeds it is refused.
-    A site that crashes within a round has spent it; `spare_rounds` are planned and paid for besides `training.rounds`,
-    so that it can still take part to the end.
+    Clipping is of the whole vector, or of each of the model's parameter arrays by itself with the same total.
+    A crash within a round has spent it; `spare_rounds` are planned and paid for besides `training.rounds`, so that the
+    run can still go on to the end.
     """
 
     epsilon: Positive | None = None
     delta: Annotated[float, Field(gt=0, lt=1)]
     noise_multiplier: Annotated[float, Field(ge=0.0625, le=2**20)] | None = None
     clip_norm: Positive = 1.0
+    clipping: Literal["flat", "per-layer"] = "flat"
     spare_rounds: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -208,8 +217,63 @@ class RecordPrivacy(Section):
         return self
 
 
+class RecordPrivacy(Protection):
+    """Record-level differential privacy at every site: each record's gradient is clipped to `clip_norm`."""
+
+
+class AdaptiveClip(Section):
+    """Let the clip norm follow a quantile of the updates' norms (Andrew et al. 2021), from `clip_norm` on.
+
+    `bit_noise` is the noise on how many were below it; by default a twentieth of the expected cohort.
+    """
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    learning_rate: Positive = 0.2
+    bit_noise: Positive | None = None
+
+
+class ClientPrivacy(Protection):
+    """Client-level differential privacy: each client's whole update is clipped to `clip_norm`.
+
+    `central`: the server adds the noise to the sum, once, and is trusted with it. `local`: each client adds it to its
+    own update. `noise`: fresh in each round, or correlated over rounds (central only, needs cohort.separation).
+    """
+
+    placement: Literal["central", "local"] = "central"
+    noise: Literal["independent", "banded", "bsr", "blt"] = "independent"
+    adaptive_clip: AdaptiveClip | None = None
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> Self:
+        if self.placement == "local" and self.noise != "independent":
+            raise ValueError('correlated noise needs placement = "central": one place must remember it')
+        if self.adaptive_clip is not None and (self.placement == "local" or self.noise != "independent"):
+            raise ValueError('adaptive_clip needs placement = "central" and noise = "independent"')
+        if self.clipping == "per-layer" and self.noise != "independent":
+            raise ValueError('clipping = "per-layer" needs noise = "independent"')
+        if self.noise != "independent" and self.spare_rounds:
+            raise ValueError("correlated noise is planned for the whole training: it has no spare_rounds")
+        return self
+
+
 class Privacy(Section):
     record: RecordPrivacy | None = None
+    client: ClientPrivacy | None = None
+
+    @property
+    def central(self) -> ClientPrivacy | None:
+        """Client-level privacy by noise that the server adds."""
+        return self.client if self.client is not None and self.client.placement == "central" else None
+
+    @property
+    def local(self) -> ClientPrivacy | None:
+        """Client-level privacy by noise that each client adds."""
+        return self.client if self.client is not None and self.client.placement == "local" else None
+
+    @property
+    def at_sites(self) -> list[Protection]:
+        """What the sites protect, and therefore keep a ledger of."""
+        return [own for own in (self.record, self.local) if own is not None]
 
 
 class SiteMix(Section):
@@ -258,7 +322,10 @@ class Simulation(Section):
 
 
 class Job(Section):
+    """`purpose` is what the data holders' budgets are set for."""
+
     name: Name
+    purpose: Name = "training"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data
     task: TaskChoice = TaskChoice()
@@ -281,7 +348,33 @@ class Job(Section):
             raise ValueError("simulation.partition splits one table: it cannot go with data.client or data.files")
         if self.data.bundled is not None and self.simulation.partition is None:
             raise ValueError("data.bundled needs a [simulation.partition]: it has no sites of its own")
+        self._check_client_privacy()
         return self
+
+    def _check_client_privacy(self) -> None:
+        client, cohort = self.privacy.client, self.cohort
+        correlated = client is not None and client.noise != "independent"
+        if client is not None and self.strategy.weighting != "equal":
+            raise ValueError(
+                "privacy.client counts every client alike, whatever its rows: one that weighed more would need more "
+                'noise; set strategy.weighting = "equal"'
+            )
+        if correlated and cohort.separation is None:
+            raise ValueError("privacy.client.noise: correlated noise needs cohort.separation: who returns when")
+        if cohort.separation is not None and not correlated:
+            raise ValueError("cohort.separation is for correlated noise (privacy.client.noise)")
+        if (cohort.separation or 1) > self.training.rounds:
+            raise ValueError(f"cohort.separation: {self.training.rounds} rounds would leave some clients out for ever")
+        if self.privacy.central is not None and cohort.minimum is not None:
+            raise ValueError(
+                "cohort.minimum: with central client-level privacy an empty cohort is released like any other, since "
+                "a run that ended would tell who took part; leave it out"
+            )
+
+    @property
+    def least_answers(self) -> int:
+        """Fewer answers in a round end the run; how many there were is private where whole clients are protected."""
+        return 0 if self.privacy.central is not None else self.cohort.minimum or 1
 
     @cached_property
     def toml(self) -> bytes:
@@ -392,7 +485,10 @@ def _nearest(location: Sequence[str]) -> str:
     here = [name for prefix, name in known_keys() if prefix == _generic(parent)]
     if close := difflib.get_close_matches(unknown, here, n=1, cutoff=0.6):
         return f"; did you mean {'.'.join([*parent, close[0]])}?"
-    elsewhere = {name: ".".join([*prefix, name]) for prefix, name in known_keys() if "*" not in prefix}
+    elsewhere: dict[str, str] = {}
+    for prefix, name in known_keys():
+        if "*" not in prefix:
+            elsewhere.setdefault(name, ".".join([*prefix, name]))
     if close := difflib.get_close_matches(unknown, elsewhere, n=1, cutoff=0.75):
         return f"; did you mean {elsewhere[close[0]]}?"
     return f"; known here: {', '.join(here)}" if here else ""

@@ -30,7 +30,8 @@ class Ask:
     """The server asks a site to train: the job's hash, the round, the model ((P,) float32) and its hash.
 
     `witness` is the digest of all sites' ledger heads after the round before (`heads_line`): each site signs it
-    into its own ledger, so that no one can rewrite a ledger later without the others' consent.
+    into its own ledger, so that no one can rewrite a ledger later without the others' consent. `clip_norm` bounds
+    this round's update where whole clients are protected.
     """
 
     job: str
@@ -38,6 +39,7 @@ class Ask:
     model: Vector
     model_hash: str
     witness: str | None
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Refusal:
     round_number: int
 
 
-def ask_for(job: str, round_number: int, model: Vector, witness: str | None) -> Ask:
-    return Ask(job, round_number, model, vector_hash(model), witness)
+def ask_for(job: str, round_number: int, model: Vector, witness: str | None, clip_norm: float | None = None) -> Ask:
+    return Ask(job, round_number, model, vector_hash(model), witness, clip_norm)
 
 
 def check_ask(ask: Ask, *, job: str, parameters: int) -> None:
@@ -101,7 +103,11 @@ def header(message: Ask | Reply | Refusal) -> str:
     """The JSON header of a message; its vector travels beside it."""
     match message:
         case Ask():
-            fields: dict[str, Any] = {"model_hash": message.model_hash, "witness": message.witness}
+            fields: dict[str, Any] = {
+                "model_hash": message.model_hash,
+                "witness": message.witness,
+                "clip_norm": message.clip_norm,
+            }
         case Reply():
             fields = {"site": message.site, "head": message.head}
         case Refusal():
@@ -112,11 +118,13 @@ def header(message: Ask | Reply | Refusal) -> str:
 
 def parse_ask(text: str, vector: Vector) -> Ask:
     """Raises `MalformedMessage`; the model itself is checked by `check_ask`."""
-    fields = _parse(text, {"ask": {"model_hash", "witness"}})
-    witness = fields["witness"]
+    fields = _parse(text, {"ask": {"model_hash", "witness", "clip_norm"}})
+    witness, clip_norm = fields["witness"], fields["clip_norm"]
     if not _is_digest(fields["model_hash"]) or not (witness is None or _is_digest(witness)):
         raise MalformedMessage("the header's model_hash or witness is not a SHA-256 in hexadecimal")
-    return Ask(fields["job"], fields["round"], vector, fields["model_hash"], witness)
+    if clip_norm is not None and not (type(clip_norm) is float and 0 < clip_norm < float("inf")):
+        raise MalformedMessage("the header's clip_norm is not a finite number > 0")
+    return Ask(fields["job"], fields["round"], vector, fields["model_hash"], witness, clip_norm)
 
 
 def parse_answer(text: str, vector: Vector) -> Reply | Refusal:

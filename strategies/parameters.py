@@ -26,9 +26,14 @@ class Parameters:
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of scalars in each array, in order."""
+        return tuple(int(np.prod(shape)) for shape in self.shapes.values())
+
+    @property
     def size(self) -> int:
         """P: the number of scalars."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return sum(self.sizes)
 
     def split(self, vector: Vector) -> dict[str, Vector]:
         """Named views into `vector`, in its own memory."""

@@ -17,12 +17,14 @@ class ServerState:
     """All that the server carries from round to round, and all that a checkpoint holds.
 
     `model` is (P,) float32. `memory` holds what a strategy remembers between rounds (momentum, control variates),
-    each a named array. `round_number` counts finished rounds.
+    each a named array. `release` is what the noise on the sums must remember (a moving clip norm, correlated noise): it
+    is secret. `round_number` counts finished rounds.
     """
 
     model: Vector
     round_number: int = 0
     memory: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    release: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 class Strategy(Protocol):

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from strategies.parameters import Vector
 
+BELOW_CLIP = "below_clip"
+"""The metric sum of an adaptive clip norm: +1/2 for each update that was within it, -1/2 for each that was not."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -36,6 +39,14 @@ class Total:
     def add(self, contribution: Vector) -> None:
         """Add one contribution ((layout.size,) float32) in place; the caller may reuse its memory afterwards."""
         np.add(self._sum, contribution, out=self._sum)
+
+    @classmethod
+    def of(cls, layout: Layout, update: NDArray[np.float64], weight: float) -> Total:
+        """A total of `update` ((P,) float64) and `weight`, its metric sums zero."""
+        total = cls(layout)
+        total._sum[: layout.parameters] = update
+        total._sum[layout.parameters] = weight
+        return total
 
     @property
     def update(self) -> NDArray[np.float64]:

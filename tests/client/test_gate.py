@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.gate import Account, Gate, Outbox, TrainingDiverged
-from privacy.budget import SiteBudget, charged
+from privacy.budget import Limit, SiteBudget, charged
 from privacy.errors import BudgetExceeded
 from privacy.events import GaussianEvent
 from privacy.keys import IdentityKey
@@ -68,7 +68,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     budget = House(folder).gate().account
     assert budget is not None
     budget.budget.open(rows=10, simulation=True)
-    budget.budget.plan(job=JOB, event=EVENT, rounds=ROUNDS, epsilon=None, delta=1e-5)
+    budget.budget.plan(job=JOB, events=[EVENT], rounds=ROUNDS, limits=[Limit(epsilon=None, delta=1e-5)])
     return folder
 
 
@@ -109,7 +109,7 @@ class TestOrder:
         assert seen == [["reserve"]]
         assert house.kinds() == ["reserve", "commit"]
         reserve, commit = house.entries()[2:]
-        assert reserve.body["event"] == EVENT.as_dict()
+        assert reserve.body["events"] == [EVENT.as_dict()]
         assert (reserve.body["job"], reserve.body["round"]) == (JOB, 1)
         assert (reserve.body["model"], reserve.body["witness"]) == (vector_hash(MODELS[0]), "cd" * 32)
         assert isinstance(answer, Reply)
@@ -125,7 +125,7 @@ class TestOrder:
         kept: list[Vector | None] = []
 
         class Watched(SiteBudget):
-            def commit(self, reservation: Entry, *, output: str) -> Head:
+            def commit(self, reservation: Entry, *, output: str, round_number: int | None = None) -> Head:
                 kept.append(Outbox(house.folder / "outbox" / "last.bin").get(output))
                 return super().commit(reservation, output=output)
 
@@ -164,7 +164,7 @@ class TestCrashes:
 
     def test_what_was_never_committed_never_leaves(self, house: House) -> None:
         class CrashBeforeCommit(SiteBudget):
-            def commit(self, reservation: Entry, *, output: str) -> Head:
+            def commit(self, reservation: Entry, *, output: str, round_number: int | None = None) -> Head:
                 raise Crash
 
         training = Training()

@@ -14,6 +14,7 @@ from client.training import Trainer
 from privacy.accountant import epsilon_pld
 from privacy.budget import charged
 from privacy.errors import BudgetExceeded, LedgerError
+from privacy.events import GaussianEvent
 from privacy.keys import IdentityKey
 from privacy.ledger import Entry, read_ledger
 from privacy.noise import NoiseSource, SeededNoise
@@ -69,6 +70,7 @@ def make_site(
         trainer=trainer,
         records=records,
         noise=noise or (lambda round_number: SeededNoise(job.seed, name, round_number)),
+        guard_noise=noise or (lambda round_number: SeededNoise(job.seed, name, "guard", round_number)),
         files=files,
         simulation=simulation,
     )
@@ -166,9 +168,10 @@ class TestPrivateSite:
         opened, plan, reserve, commit = entries(files)
         assert (opened.body["rows"], opened.body["simulation"]) == (12, True)
         assert (plan.body["job"], plan.body["rounds"]) == (PRIVATE.hash, 2)
-        assert (plan.body["epsilon"], plan.body["delta"]) == (None, 1e-3)
-        assert reserve.body["event"] == plan.body["event"]
+        assert plan.body["limits"] == [{"unit": "record", "epsilon": None, "delta": 1e-3}]
+        assert reserve.body["events"] == plan.body["events"]
         (event,) = charged(entries(files))
+        assert isinstance(event, GaussianEvent)
         assert (event.noise_multiplier, event.clip_norm, event.sampling_rate, event.count) == (4.0, 1.0, 1.0, 2)
         assert event.rng == "seeded-simulation"
         assert isinstance(answer, Reply)
@@ -243,18 +246,18 @@ class TestSitePlan:
 
     def test_a_target_is_reached_by_the_least_noise_that_does_not_exceed_it(self) -> None:
         plan = plan_for(record_private(epsilon=3.0))
-        assert plan.event is not None
         assert plan.sgd is not None
-        assert plan.event == plan.sgd.event(dimension=4, rng="seeded-simulation")
-        assert 2.97 < epsilon_pld([plan.event] * 2, 1e-3) <= 3.0
+        (event,) = plan.events
+        assert event == plan.sgd.event(dimension=4, rng="seeded-simulation")
+        assert 2.97 < epsilon_pld([event] * 2, 1e-3) <= 3.0
 
     def test_what_trains_is_what_is_charged(self) -> None:
         plan = plan_for(PRIVATE)
         assert plan.sgd is not None
-        assert plan.event is not None
-        assert (plan.sgd.sampling_rate, plan.sgd.steps) == (plan.event.sampling_rate, plan.event.count) == (1.0, 2)
-        assert plan.sgd.mechanism.noise_multiplier == plan.event.noise_multiplier == 4.0
-        assert plan.sgd.mechanism.clip_norm == plan.event.clip_norm == 1.0
+        (event,) = plan.events
+        assert (plan.sgd.sampling_rate, plan.sgd.steps) == (event.sampling_rate, event.count) == (1.0, 2)
+        assert plan.sgd.mechanism.noise_multiplier == event.noise_multiplier == 4.0
+        assert plan.sgd.mechanism.clip_norm == event.clip_norm == 1.0
 
     def test_a_batch_size_becomes_a_rate_of_the_sites_rows(self) -> None:
         job = make_job(privacy={"record": {"delta": 1e-3, "noise_multiplier": 4.0}})
@@ -271,9 +274,7 @@ class TestSitePlan:
             plan_for(job, noise_multiplier=0.9 * found.sgd.mechanism.noise_multiplier)
 
     def test_a_plan_beyond_its_budget_is_refused_with_the_rounds_that_fit(self) -> None:
-        one_round = epsilon_pld(
-            [event for event in [plan_for(record_private(noise_multiplier=2.0)).event] if event], 1e-3
-        )
+        one_round = epsilon_pld(plan_for(record_private(noise_multiplier=2.0)).events, 1e-3)
         with pytest.raises(BudgetExceeded, match=r"north: 2 rounds would .* at most 1 rounds fit"):
             plan_for(record_private(noise_multiplier=2.0, epsilon=1.01 * one_round))
 

@@ -29,19 +29,20 @@ from pathlib import Path
 import privacy.ledger, privacy.accountant, privacy.audit, privacy.budget
 from privacy.accountant import epsilon
 from privacy.audit import audit_run
-from privacy.budget import SiteBudget, charged
+from privacy.budget import Limit, SiteBudget, charged
 from privacy.events import GaussianEvent
 from privacy.keys import IdentityKey
 from privacy.ledger import Ledger
 
 run = Path(tempfile.mkdtemp())
-toml = b"[training]\\nrounds = 1\\n[privacy.record]\\nepsilon = 5.0\\ndelta = 1e-5\\n"
+toml = b"[training]\\nrounds = 1\\nlocal_steps = 3\\nsampling_rate = 0.1\\n"
+toml += b"[privacy.record]\\nepsilon = 5.0\\ndelta = 1e-5\\n"
 job = hashlib.sha256(toml).hexdigest()
 key = IdentityKey.create(run / "key.pem")
 budget = SiteBudget(Ledger(run / "ledgers" / "here.jsonl", "here", key))
 budget.open(rows=100, simulation=False)
 event = GaussianEvent(noise_multiplier=2.0, clip_norm=1.0, sampling_rate=0.1, count=3, rng="os")
-budget.plan(job=job, event=event, rounds=1, epsilon=5.0, delta=1e-5)
+budget.plan(job=job, events=[event], rounds=1, limits=[Limit(epsilon=5.0, delta=1e-5)])
 head = budget.commit(budget.reserve(job=job, round_number=1, model="0" * 64, witness=None), output="1" * 64)
 spent = epsilon(charged(budget.ledger.entries), 1e-5).pld
 (run / "job.toml").write_bytes(toml)

@@ -75,13 +75,24 @@ class Clock:
         return self.now
 
 
-ENTRIES: list[tuple[str, dict[str, Any]]] = [
-    ("open", {"public_key": KEY.public_hex, "rows": 105, "simulation": True}),
-    ("plan", {"job": "ab" * 32, "rounds": 2, "epsilon": 2.0, "delta": 1e-05, "event": {"noise_multiplier": 6.5}}),
-    ("reserve", {"job": "ab" * 32, "round": 1, "witness": None, "model": "Zürich"}),
-    ("commit", {"job": "ab" * 32, "round": 1, "reserve": 2, "output": "01" * 32}),
-    ("reserve", {"job": "ab" * 32, "round": 2, "witness": "cd" * 32, "model": "02" * 32}),
-    ("commit", {"job": "ab" * 32, "round": 2, "reserve": 4, "output": "03" * 32}),
+LIMIT = {"unit": "record", "epsilon": 2.0, "delta": 1e-05}
+ENTRIES: list[tuple[str, dict[str, Any]]] = [  # One of each kind.
+    ("open", {"public_key": KEY.public_hex, "rows": 105, "simulation": True, "dataset": "records"}),
+    ("budget", {"purpose": None, **LIMIT}),
+    (
+        "plan",
+        {
+            "job": "ab" * 32,
+            "purpose": "training",
+            "rounds": 2,
+            "events": [{"noise_multiplier": 6.5}],
+            "filter": None,
+            "limits": [LIMIT],
+        },
+    ),
+    ("reserve", {"job": "ab" * 32, "round": 1, "witness": None, "model": "Zürich", "events": []}),
+    ("commit", {"job": "ab" * 32, "round": 1, "reserve": 3, "output": "01" * 32}),
+    ("settle", {"job": "ab" * 32}),
 ]
 
 
@@ -215,7 +226,7 @@ class TestAppendRefuses:
         assert ledger.append("plan", {}).seq == 2
 
     def test_an_unknown_kind(self, tmp_path: Path) -> None:
-        with pytest.raises(LedgerError, match=r"'refund'.*open, plan, reserve, commit"):
+        with pytest.raises(LedgerError, match=r"'refund'.*open, budget, plan, reserve, commit, settle$"):
             Ledger(tmp_path / "l", SITE, KEY).append("refund", {})
 
     def test_what_admit_refuses_and_writes_nothing(self, tmp_path: Path) -> None:
@@ -411,14 +422,14 @@ class TestEntriesInTheirPlaces:
 
     def test_a_changed_body_with_its_hash_made_to_fit_fails_by_its_signature(self, data: bytes) -> None:
         lines = lines_of(data)
-        record = json.loads(lines[1])
+        record = json.loads(lines[2])
         record["body"]["rounds"] = 1000
         signature = record.pop("sig")
         del record["hash"]
         digest = hashlib.sha256(b"fedchorus ledger v1\0" + by_hand(record)).hexdigest()
-        lines[1] = by_hand({**record, "hash": digest, "sig": signature}) + b"\n"
+        lines[2] = by_hand({**record, "hash": digest, "sig": signature}) + b"\n"
         entry, why = first_fault(b"".join(lines))
-        assert (entry, "signature" in why) == (1, True)
+        assert (entry, "signature" in why) == (2, True)
 
     def test_a_signature_made_for_something_else_is_no_signature_of_an_entry(self, data: bytes) -> None:
         # Domain separation: a signature over the bare hash is worth nothing.
@@ -810,10 +821,11 @@ class TestIdentityKey:
 
 
 GOLDEN_FIRST_LINE = (
-    b'{"body":{"public_key":"8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c","rows":105,'
-    b'"simulation":true},"hash":"7d88421c3f03e3f85ade1bfafb03ce9b9d12013bb6f19bf21e0eb99d7a007cdc","kind":'
-    b'"open","prev":"0000000000000000000000000000000000000000000000000000000000000000","seq":0,"sig":"48d5'
-    b"de55d144b9ae2d7f6464abdd3266af7697afb9268a28f8abefccfa59c16b86c032fa77d4e2654cadb71fcbe058b5a428cc69"
-    b'5700fbf16e8f3d130d572d03","site":"city-hospital","time":"2026-01-02T03:04:06.000+00:00","v":1}\n'
+    b'{"body":{"dataset":"records","public_key":"8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b'
+    b'40f6f5c","rows":105,"simulation":true},"hash":"fde094d3484bae4c312be32e3753b6379880fd02b264e86974928'
+    b'7cb39e1d747","kind":"open","prev":"0000000000000000000000000000000000000000000000000000000000000000"'
+    b',"seq":0,"sig":"971cc77480064a24178f5fcfa479c6a4b5e0e1349cb272bece81156f91e2e4b5a6834dd8c127d2977bb6'
+    b'2f2e986040f829161135eccc923793969bb099342c05","site":"city-hospital","time":"2026-01-02T03:04:06.000'
+    b'+00:00","v":1}\n'
 )
-GOLDEN_DIGEST = "3cd0df2dd6fad881dda014af95840bc2e711209b6cb96b9d2113a9fb0fca296f"
+GOLDEN_DIGEST = "4b9f7445b50577c857a0c31518154616ccd6324e06e9c79bd8ce620fef27b2fa"

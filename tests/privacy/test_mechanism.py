@@ -15,7 +15,7 @@ from scipy import stats
 
 from privacy.accountant import epsilon_pld, noise_multiplier_for
 from privacy.errors import UnsupportedEvent
-from privacy.mechanism import STEPS_PER_CLIP, GaussianSum
+from privacy.mechanism import STEPS_PER_CLIP, GaussianSum, clip_in_place
 from privacy.noise import SeededNoise, discrete_gaussian, discretisation_tv
 
 ACCEPT, REJECT = 1e-3, 1e-9
@@ -258,3 +258,52 @@ def test_every_refusal_comes_before_a_word_is_drawn() -> None:
     for call in calls:
         with pytest.raises(UnsupportedEvent):
             call()
+
+
+class TestPerLayer:
+    LAYERS = (3, 1, 6)
+
+    @given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.0, 1e-3, 0.5, 1.0, 30.0, 1e30, math.inf, math.nan]))
+    def test_each_layer_keeps_its_share_and_all_together_the_clip_norm(self, seed: int, scale: float) -> None:
+        mechanism = GaussianSum(clip_norm=0.7, noise_multiplier=1.0, layers=self.LAYERS)
+        row = np.random.default_rng(seed).normal(size=10)
+        row[4:] *= 1e-3
+        with np.errstate(invalid="ignore", over="ignore"):
+            row[0] *= scale
+        steps = mechanism.quantised_sum(row[None].astype(np.float32)).astype(float)
+        parts = [float(np.linalg.norm(part)) for part in np.split(steps, [3, 4])]
+        assert all(part <= STEPS_PER_CLIP / math.sqrt(3) for part in parts)
+        assert float(np.linalg.norm(steps)) <= STEPS_PER_CLIP
+        if math.isfinite(scale):
+            # What is small passes as it is, however large its neighbours are.
+            expected = row[4:].astype(np.float32).astype(float) * STEPS_PER_CLIP / 0.7
+            np.testing.assert_allclose(steps[4:], expected, atol=1.0, rtol=1e-6)
+
+    def test_one_layer_is_the_whole(self) -> None:
+        rows = np.random.default_rng(3).normal(size=(5, 8)).astype(np.float32)
+        flat = GaussianSum(clip_norm=0.7, noise_multiplier=1.0)
+        one = GaussianSum(clip_norm=0.7, noise_multiplier=1.0, layers=(8,))
+        np.testing.assert_array_equal(flat.quantised_sum(rows), one.quantised_sum(rows))
+
+    @pytest.mark.parametrize("layers", [(3, 4), (8, 1), (8, 0), (-1, 9)])
+    def test_layers_that_are_not_those_of_the_vector_are_refused(self, layers: tuple[int, ...]) -> None:
+        with pytest.raises(UnsupportedEvent, match="layers"):
+            GaussianSum(clip_norm=1.0, noise_multiplier=1.0, layers=layers).quantised_sum(np.zeros((1, 8), np.float32))
+
+
+class TestClipInPlace:
+    @given(seed=st.integers(0, 10**6), scale=st.sampled_from([0.0, 1e-30, 0.1, 1.0, 50.0, 1e18, math.inf, math.nan]))
+    def test_the_norm_is_never_longer_and_what_is_within_stays_as_it_is(self, seed: int, scale: float) -> None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            update = (np.random.default_rng(seed).normal(size=9) * scale).astype(np.float32)
+        before = update.copy()
+        within = clip_in_place(update, 2.5)
+        norm = float(np.linalg.norm(before.astype(float)))
+        assert within is (norm <= 2.5)
+        assert float(np.linalg.norm(update.astype(float))) <= 2.5
+        if not math.isfinite(norm):
+            assert not update.any()
+        elif within:
+            np.testing.assert_array_equal(update, before)
+        else:
+            np.testing.assert_allclose(update * norm, before * 2.5, rtol=1e-5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from privacy.ledger import Head
 from server.collect import Collected, Failure, PlainCollector
 from strategies.messages import Ask, Refusal, Reply, ask_for
-from strategies.total import Layout
+from strategies.total import Layout, Total
 
 JOB = "ab" * 32
 LAYOUT = Layout(3, ("loss",))
@@ -36,7 +36,7 @@ def reply(site: str, value: float = 1.0, *, head: Head | None = None) -> Reply:
 
 
 def collect(sites: Sequence[str], *answers: tuple[str, Answer]) -> Collected:
-    return PlainCollector(Scripted(answers), LAYOUT).collect(ASK, sites)
+    return PlainCollector(Scripted(answers)).collect(ASK, sites, Total(LAYOUT))
 
 
 def assert_total(collected: Collected, value: float) -> None:
@@ -132,7 +132,7 @@ class TestAttendance:
                 raise ConnectionError("gone")
 
         with pytest.raises(ConnectionError):
-            PlainCollector(Broken(), LAYOUT).collect(ASK, ["a", "b"])
+            PlainCollector(Broken()).collect(ASK, ["a", "b"], Total(LAYOUT))
 
 
 KINDS: dict[str, Answer] = {"refuses": Refusal("x", JOB, 4), "fails": Failure("x", "broken"), "lies": reply("x")}
@@ -177,10 +177,10 @@ def test_memory_is_that_of_a_model_or_two_whatever_the_cohort() -> None:
     parameters, sites = 100_000, [str(number) for number in range(2000)]
     ask = ask_for(JOB, 1, np.zeros(parameters, np.float32), None)
     model_bytes = 4 * parameters
-    collector = PlainCollector(OneBuffer(parameters), Layout(parameters))
+    collector = PlainCollector(OneBuffer(parameters))
     tracemalloc.start()
     try:
-        collected = collector.collect(ask, sites)
+        collected = collector.collect(ask, sites, Total(Layout(parameters)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

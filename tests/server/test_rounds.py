@@ -9,8 +9,10 @@ import pytest
 
 from privacy.errors import RunError
 from privacy.ledger import Head, digest_of
+from privacy.noise import SeededNoise
 from server.cohort import draw_cohort
 from server.collect import Failure, PlainCollector
+from server.release import PlainRelease
 from server.rounds import RoundResult, heads_line, run_rounds
 from strategies.fedavg import FedAvg
 from strategies.job import Job
@@ -65,9 +67,10 @@ class Run:
         return run_rounds(
             state,
             job=self.job,
-            sites=sorted(TARGETS),
             strategy=FedAvg(),
-            collector=PlainCollector(self.transport, Layout(2)),
+            collector=PlainCollector(self.transport),
+            release=PlainRelease(Layout(2)),
+            cohort=lambda number: cohort_of(self.job, number),
             evaluate=self.evaluate,
             record=self.record,
             checkpoint=self.checkpoint,
@@ -90,6 +93,12 @@ class Run:
 
 def job(rounds: int = 4, **cohort: int) -> Job:
     return make_job(training={"rounds": rounds}, cohort=cohort)
+
+
+def cohort_of(job: Job, number: int) -> list[str]:
+    return draw_cohort(
+        sorted(TARGETS), job.cohort, seed=job.seed, round_number=number, secret=lambda n: SeededNoise(1, n)
+    )
 
 
 def after_rounds(count: int, sites: str = "abc") -> float:
@@ -132,7 +141,7 @@ class TestRounds:
     def test_asks_the_cohort_of_each_round(self) -> None:
         run = Run(job(6, size=2))
         run.go()
-        expected = [draw_cohort(sorted(TARGETS), size=2, seed=0, round_number=n) for n in range(1, 7)]
+        expected = [cohort_of(run.job, n) for n in range(1, 7)]
         assert [sites for _, sites in run.transport.asked] == expected
         assert len({tuple(sites) for sites in expected}) > 1
 

@@ -189,7 +189,7 @@ BAD_INPUT: list[tuple[Sequence[str], Sequence[str]]] = [
     (["simulate", "--set", "training.rounds"], ["key=value"]),
     (["simulate", "--set", "privacy.record.epsilon=-1"], ["privacy.record.epsilon", "greater than 0", "-1"]),
     (["simulate", "--set", "privacy.record.epsilon=0"], ["privacy.record.epsilon"]),
-    (["simulate", "--set", "privacy.record.noise_multiplier=5.0"], ["budget is 1", "at most 7 rounds fit"]),
+    (["simulate", "--set", "privacy.record.noise_multiplier=5.0"], ["limit is 1", "at most 7 rounds fit"]),
     (["simulate", "--set", "data.target=malignent"], ["malignent", "malignant"]),
     (["simulate", "--set", "simulation.engine=inlin"], ["inlin", "inline"]),
     (["simulate", "--set", "strategy.name=fedvag"], ["fedvag", "fedavg"]),
@@ -340,7 +340,7 @@ def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
         (overwrite("plans.json", b"{}"), ["job.toml was changed"]),
         (overwrite("roster.json", b'{"sites":{}}'), ["roster.json"]),
         (overwrite("roster.json", b"["), ["roster.json is damaged"]),
-        (overwrite("checkpoint.safetensors", b"x"), ["checkpoint"]),
+        (overwrite("private/_server/checkpoint.safetensors", b"x"), ["checkpoint"]),
         (overwrite("initial.safetensors", b"x"), ["initial.safetensors"]),
         (overwrite("job.toml", b"\xff"), ["job.toml"]),
     ],
@@ -363,8 +363,10 @@ def test_a_damaged_run_is_not_resumed_and_nothing_more_is_spent(
 def test_spare_rounds_let_a_site_that_crashed_take_part_to_the_end(tmp_path: Path) -> None:
     from privacy.budget import SiteBudget
     from privacy.keys import IdentityKey
-    from privacy.ledger import Ledger
+    from privacy.ledger import Ledger, digest_of
+    from server.checkpoint import load_checkpoint
     from simulations.run_folder import RunFolder
+    from strategies.parameters import vector_hash
 
     outcomes = {}
     for spare in (0, 1):
@@ -380,7 +382,9 @@ def test_spare_rounds_let_a_site_that_crashed_take_part_to_the_end(tmp_path: Pat
         # The crash: a reservation that nothing was made of.
         files = RunFolder.open(run).files_of("city-hospital")
         budget = SiteBudget(Ledger(files.ledger, "city-hospital", IdentityKey.load(files.identity)))
-        budget.reserve(job=job.hash, round_number=2, model="0" * 64, witness=None)
+        model = load_checkpoint(RunFolder.open(run).checkpoint, job=job.hash).model
+        witness = digest_of(RunFolder.open(run).lines("heads.jsonl")[-1])
+        budget.reserve(job=job.hash, round_number=2, model=vector_hash(model), witness=witness)
         summary = resume_run(run, watcher=Watcher())
         assert summary is not None
         assert audit_run(run).ok

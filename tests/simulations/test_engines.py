@@ -18,6 +18,14 @@ from strategies.parameters import Parameters
 
 PRIVATE = ['simulation.noise="seeded"', "privacy.record.epsilon=none", "privacy.record.noise_multiplier=3.0"]
 UNRELIABLE = ["privacy.record=none"]
+FEW_DEVICES = [
+    'simulation.noise="seeded"',
+    "simulation.partition.clients=20",
+    "privacy.client.adaptive_clip={}",
+    "privacy.client.clip_norm=0.5",
+    "privacy.client.epsilon=none",
+    "privacy.client.noise_multiplier=1.0",
+]
 
 
 def run(engine: str, scenario: str, settings: list[str], out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -35,6 +43,7 @@ def run(engine: str, scenario: str, settings: list[str], out: Path) -> tuple[dic
     [
         pytest.param("hospitals", PRIVATE, id="private"),
         pytest.param("hospitals-unreliable", UNRELIABLE, id="unreliable", marks=pytest.mark.slow),
+        pytest.param("devices", FEW_DEVICES, id="devices", marks=pytest.mark.slow),
     ],
 )
 def test_flower_and_inline_give_the_same_model(scenario: str, settings: list[str], tmp_path: Path) -> None:
@@ -47,7 +56,7 @@ def test_flower_and_inline_give_the_same_model(scenario: str, settings: list[str
     assert contributors["flower"] == contributors["inline"]
     assert summaries["flower"]["metrics"] == pytest.approx(summaries["inline"]["metrics"], rel=1e-4)
     assert summaries["flower"]["epsilon"] == summaries["inline"]["epsilon"]
-    if scenario == "hospitals":
+    if scenario != "hospitals-unreliable":
         assert audit_run(tmp_path / "flower").ok
     else:
         assert any(len(answered) < 5 for answered in contributors["inline"]), "no fault was ever injected"

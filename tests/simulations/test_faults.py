@@ -14,7 +14,7 @@ from simulations.faults import MALFORMATIONS, DroppedOut, FaultySite
 from simulations.inline import InlineTransport
 from strategies.job import Faults
 from strategies.messages import Ask, MalformedMessage, Refusal, Reply, ask_for, check_reply
-from strategies.total import Layout
+from strategies.total import Layout, Total
 
 JOB = "ab" * 32
 LAYOUT = Layout(3, ("loss",))
@@ -124,7 +124,7 @@ class TestMalformations:
 def test_a_faulty_site_keeps_its_name_and_its_failures_are_named_by_the_collector() -> None:
     sites = {f"site-{k}": FaultySite(Sound(f"site-{k}"), k, Faults(dropout=0.3, malformed=0.3), 1) for k in range(50)}
     assert all(site.name == name for name, site in sites.items())
-    collected = PlainCollector(InlineTransport(sites.__getitem__), LAYOUT).collect(ask(1), list(sites))
+    collected = PlainCollector(InlineTransport(sites.__getitem__)).collect(ask(1), list(sites), Total(LAYOUT))
     kinds = Counter(why.partition(":")[0] for why in collected.failures.values())
     assert set(kinds) == {"dropped out", "malformed reply"}
     assert len(collected.contributors) == 50 - sum(kinds.values())

@@ -226,7 +226,8 @@ def test_a_client_level_bound_alone_is_not_called_not_private() -> None:
     case["summary"]["epsilon"]["client"] = 3.0
     text = Page(render_report(**case)).text
     assert "not private" not in text
-    assert "With a whole site as the unit, ε = 3.00." in text
+    assert "With a whole site as the unit" in text
+    assert "ε = 3.00 at δ" in text
     assert "Unit one site" in text
 
 
@@ -237,9 +238,9 @@ def test_every_site_and_every_round_has_its_rows() -> None:
     assert page.row("site-30", 5) == ["site-30", "50", "65.0%", "45.0%", "30"]
     for i in range(60):
         assert page.row(f"site-{i}", 9)
-    assert page.row("30", 8) == ["30", "0.03", "89.0%", "site-0", "59", "1.99", "0.12", "site-0 (dropped out)"]
+    assert page.row("30", 9) == ["30", "0.03", "89.0%", "site-0", "59", "1.99", "-", "0.12", "site-0 (dropped out)"]
     for t in range(1, 31):
-        assert page.row(str(t), 8)
+        assert page.row(str(t), 9)
 
 
 def test_epsilon_is_rounded_up_and_never_down() -> None:
@@ -251,7 +252,7 @@ def test_epsilon_is_rounded_up_and_never_down() -> None:
 def test_a_site_that_sits_out_keeps_what_it_spent() -> None:
     case = run(rounds=2)
     case["rounds"][1]["epsilon"] = {"site-0": 0.6}
-    assert Page(render_report(**case)).row("2", 8)[5] == "0.834"  # site-2 spent 5/6 in round 1 and nothing since.
+    assert Page(render_report(**case)).row("2", 9)[5] == "0.834"  # site-2 spent 5/6 in round 1 and nothing since.
 
 
 @pytest.mark.parametrize("sites", [1, 5, MANY_SITES])
@@ -289,7 +290,7 @@ def test_missing_and_infinite_figures_are_shown_as_such(value: object) -> None:
     page = Page(source)
     shown = {math.inf: "∞", -math.inf: "−∞"}.get(value, "-") if isinstance(value, float) else "-"
     assert page.row("site-1", 9)[3:8] == [shown] * 5
-    assert page.row("2", 8)[1:3] == [shown, shown]
+    assert page.row("2", 9)[1:3] == [shown, shown]
     assert not re.search(r"\b(nan|inf|None|many)\b", page.text)
     assert drawings(source)
 

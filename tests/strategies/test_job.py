@@ -72,7 +72,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         [*MIX, "simulation.partition.mix.north.row=9"],
         ["mix.north.row;", "did you mean simulation.partition.mix.north.rows?"],
     ),
-    (["cohort.zzz=1"], ["unknown key cohort.zzz", "known here: size, minimum"]),
+    (["cohort.zzz=1"], ["unknown key cohort.zzz", "known here: size, rate, separation, minimum"]),
     # Wrong types: nothing is converted silently.
     (["training.rounds=5.0"], ["training.rounds: should be a valid integer", "got 5.0"]),
     (["training.rounds=true"], ["training.rounds: should be a valid integer", "got True"]),
@@ -243,9 +243,12 @@ def test_a_path_that_is_not_a_file_is_refused_in_one_line(job_file: Path, name: 
 EVERY_SECTION: dict[str, Any] = raw_job(
     data={"client": None},
     task={},
-    strategy={},
+    strategy={"weighting": "equal"},
     cohort={},
-    privacy={"record": {"delta": 1e-5, "epsilon": 1.0}},
+    privacy={
+        "record": {"delta": 1e-5, "epsilon": 1.0},
+        "client": {"delta": 1e-5, "epsilon": 1.0, "adaptive_clip": {}},
+    },
     simulation={"partition": {"mix": {"north": {"rows": 9, "positive": 0.5}}}, "faults": {}},
 )
 
@@ -410,8 +413,10 @@ class TestHash:
     def test_is_the_sha256_of_the_resolved_job_and_never_changes(self) -> None:
         # Pinned from the first release: it names the job in every message and ledger entry.
         job = make_job()
-        assert job.toml.startswith(b'name = "smallest"\nseed = 0\n\n[data]\nfolder = "."\npath = "records.csv"\n')
-        assert job.hash == "65e95305ba8b02eb808805f065c5cb11fa421cf78c5e56096e7c8ab2079763dd"
+        assert job.toml.startswith(
+            b'name = "smallest"\npurpose = "training"\nseed = 0\n\n[data]\ndataset = "records"\n'
+        )
+        assert job.hash == "4369279b99ca7273ab41ea172145dce2c30272ffb5151ef164c6b619be109fd2"
 
     def test_does_not_depend_on_comments_or_on_the_order_of_the_tables(self, tmp_path: Path, job_file: Path) -> None:
         head, data, columns, training = re.split(r"\n(?=\[)", JOB)
@@ -440,10 +445,13 @@ class TestHash:
 
 BUNDLED = ["data.path=none", "data.client=none", "data.bundled=breast-cancer"]
 FILES = ["data.path=none", "data.client=none"]
+CLIENT = ["strategy.weighting=equal", "privacy.client={epsilon=1, delta=1e-5}"]
 VARIANTS: list[list[str]] = [
     [],
     ["name=other"],
+    ["purpose=research"],
     ["seed=1"],
+    ["data.dataset=other"],
     ["data.folder=elsewhere"],
     ["data.path=other.csv"],
     ["data.client=ward"],
@@ -482,6 +490,22 @@ VARIANTS: list[list[str]] = [
     ["task.hidden=[32]"],
     ["strategy.name=mine.strategies:Mine"],
     ["strategy.weighting=equal"],
+    ["cohort.rate=0.5"],
+    CLIENT,
+    [*CLIENT, "privacy.client.epsilon=2"],
+    [*CLIENT, "privacy.client.delta=1e-4"],
+    [*CLIENT, "privacy.client.noise_multiplier=3"],
+    [*CLIENT, "privacy.client.clip_norm=2"],
+    [*CLIENT, "privacy.client.spare_rounds=2"],
+    [*CLIENT, "privacy.client.clipping=per-layer"],
+    [*CLIENT, "privacy.client.placement=local"],
+    [*CLIENT, "privacy.client.noise=bsr", "cohort.separation=2"],
+    [*CLIENT, "privacy.client.noise=blt", "cohort.separation=2"],
+    [*CLIENT, "privacy.client.noise=blt", "cohort.separation=3"],
+    [*CLIENT, "privacy.client.adaptive_clip={}"],
+    [*CLIENT, "privacy.client.adaptive_clip={}", "privacy.client.adaptive_clip.quantile=0.25"],
+    [*CLIENT, "privacy.client.adaptive_clip={}", "privacy.client.adaptive_clip.learning_rate=0.25"],
+    [*CLIENT, "privacy.client.adaptive_clip={}", "privacy.client.adaptive_clip.bit_noise=2"],
     ["strategy.server_learning_rate=0.5"],
     ["training.rounds=6"],
     ["training.learning_rate=0.25"],
@@ -499,6 +523,7 @@ VARIANTS: list[list[str]] = [
     [PRIVATE, "privacy.record.noise_multiplier=1.5"],
     [PRIVATE, "privacy.record.clip_norm=2"],
     [PRIVATE, "privacy.record.spare_rounds=2"],
+    [PRIVATE, "privacy.record.clipping=per-layer"],
     ["simulation.engine=flower"],
     ["simulation.noise=seeded"],
     ["simulation.baselines=false"],

@@ -70,6 +70,7 @@ class TestHeader:
             "round": 7,
             "model_hash": vector_hash(MODEL),
             "witness": "cd" * 32,
+            "clip_norm": None,
         }
         assert json.loads(header(REPLY)) == {
             "v": 1,

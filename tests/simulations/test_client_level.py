@@ -1,0 +1,215 @@
+"""Whole clients are protected from job to report, in every way that a job can ask for, and the audit recomputes it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from privacy.accountant import epsilon_pld
+from privacy.audit import audit_run
+from privacy.budget import Limit, SiteBudget
+from privacy.errors import BudgetExceeded, FedchorusError, LedgerError
+from privacy.events import GaussianEvent
+from privacy.keys import IdentityKey
+from privacy.ledger import Ledger
+from simulations.run_folder import RunFolder
+from simulations.scenarios import scenario_path
+from simulations.simulate import Watcher, resume_run, start_run
+from strategies.job import load_job
+from strategies.parameters import Parameters
+
+SMALL = ["simulation.partition.clients=40", "training.rounds=4", "simulation.baselines=false"]
+SEEDED = 'simulation.noise="seeded"'
+KINDS = {
+    "both units": [],
+    "clients alone": ["privacy.record=none"],
+    "everyone is asked": ["cohort.rate=none", "privacy.client.epsilon=none", "privacy.client.noise_multiplier=2"],
+    "a moving clip norm": ["privacy.client.adaptive_clip={}"],
+    "layer by layer": ["privacy.client.clipping=per-layer", "privacy.record.clipping=per-layer"],
+    "local noise": ["cohort.rate=none", "privacy.client.placement=local"],
+    "local noise alone": ["cohort.rate=none", "privacy.client.placement=local", "privacy.record=none"],
+    "banded noise": ["cohort.rate=none", "cohort.separation=2", "privacy.client.noise=banded"],
+    "buffered noise": ["cohort.rate=none", "cohort.separation=2", "privacy.client.noise=blt", "privacy.record=none"],
+}
+
+
+def simulate(
+    out: Path, *settings: str, watch: Callable[[Mapping[str, Any]], None] = lambda line: None, stop: bool = False
+) -> dict[str, Any] | None:
+    stopped: list[bool] = []
+
+    def heard(line: Mapping[str, Any]) -> None:
+        watch(line)
+        if stop and line["round"] == 2:
+            stopped.append(True)
+
+    watcher = Watcher(round=heard, stop=lambda: bool(stopped))
+    job = load_job(scenario_path("devices"), [*SMALL, *settings])
+    return start_run(job, out=out, parent=out.parent, watcher=watcher, now=datetime.now(UTC))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_every_kind_states_what_it_spent_and_the_audit_finds_the_same(kind: str, tmp_path: Path) -> None:
+    summary = simulate(tmp_path / "run", *KINDS[kind])
+    assert summary is not None
+    audit = audit_run(tmp_path / "run")
+    assert audit.findings == []
+    found = audit.as_dict()["epsilon"]
+    assert found["client"] == pytest.approx(summary["epsilon"]["client"])
+    alone = "privacy.record=none" in KINDS[kind]
+    assert (summary["epsilon"]["record"] is None) == alone
+    if not alone:
+        assert found["record"] == pytest.approx(summary["epsilon"]["record"])
+    central = "privacy.client.placement=local" not in KINDS[kind]
+    assert (summary["client"] is not None) == central == (tmp_path / "run" / "server.jsonl").exists()
+    assert 0 < summary["epsilon"]["client"] <= 8.0 or kind == "everyone is asked"
+    report = (tmp_path / "run" / "report.html").read_text()
+    card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
+    assert "a whole site" in report
+    assert "Client-level (epsilon, delta)-differential privacy" in card
+    assert ("Record-level" in card) != alone
+
+
+def test_epsilon_is_that_of_as_many_sampled_releases_as_rounds(tmp_path: Path) -> None:
+    summary = simulate(tmp_path / "run", "privacy.record=none")
+    assert summary is not None
+    event = GaussianEvent(
+        unit="client",
+        noise_multiplier=summary["client"]["noise_multiplier"],
+        clip_norm=2.0,
+        sampling_rate=0.3,
+        count=4,
+        rng="os",
+    )
+    assert summary["epsilon"]["client"] == pytest.approx(epsilon_pld([event], 1e-3), abs=1e-3)
+    assert 7.9 < summary["epsilon"]["client"] <= 8.0
+    assert summary["client"]["expected_cohort"] == pytest.approx(12.0)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    spent = [line["epsilon_client"] for line in lines]
+    assert spent == sorted(spent)
+    assert spent[-1] == pytest.approx(summary["epsilon"]["client"])
+
+
+@pytest.mark.parametrize("kind", ["both units", "a moving clip norm", "banded noise", "local noise"])
+def test_a_stopped_run_goes_on_to_the_very_same_model(kind: str, tmp_path: Path) -> None:
+    settings = [*KINDS[kind], SEEDED]
+    assert simulate(tmp_path / "whole", *settings) is not None
+    assert simulate(tmp_path / "parts", *settings, stop=True) is None
+    assert resume_run(tmp_path / "parts", watcher=Watcher()) is not None
+    whole, parts = (Parameters.load(tmp_path / name / "model.safetensors")[1] for name in ("whole", "parts"))
+    np.testing.assert_array_equal(whole, parts)
+    assert audit_run(tmp_path / "parts").findings == []
+
+
+def test_a_round_that_was_charged_and_lost_stays_charged(tmp_path: Path) -> None:
+    def crash(line: Mapping[str, Any]) -> None:
+        if line["round"] == 2:
+            raise KeyboardInterrupt  # Recorded, not kept: the checkpoint is of round 1.
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tmp_path / "run", "privacy.client.spare_rounds=1", "privacy.record.spare_rounds=1", watch=crash)
+    summary = resume_run(tmp_path / "run", watcher=Watcher())
+    assert summary is not None
+    reserved = [json.loads(line) for line in (tmp_path / "run" / "server.jsonl").read_text().splitlines()]
+    assert [entry["body"]["round"] for entry in reserved if entry["kind"] == "reserve"] == [1, 2, 2, 3, 4]
+    assert audit_run(tmp_path / "run").findings == []
+
+
+def test_correlated_noise_never_takes_a_round_twice(tmp_path: Path) -> None:
+    def crash(line: Mapping[str, Any]) -> None:
+        if line["round"] == 2:
+            raise KeyboardInterrupt
+
+    settings = [*KINDS["banded noise"], "privacy.record=none"]
+    with pytest.raises(KeyboardInterrupt):
+        simulate(tmp_path / "run", *settings, watch=crash)
+    with pytest.raises(FedchorusError, match="round 2 was released before"):
+        resume_run(tmp_path / "run", watcher=Watcher())
+
+
+def test_a_server_ledger_restored_from_a_backup_is_noticed(tmp_path: Path) -> None:
+    assert simulate(tmp_path / "run", "privacy.record=none", stop=True) is None
+    ledger = tmp_path / "run" / "server.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    shutil.copy(ledger, tmp_path / "kept")
+    ledger.write_bytes(b"".join(lines[:-2]))
+    with pytest.raises(LedgerError, match="what was spent stays spent"):
+        resume_run(tmp_path / "run", watcher=Watcher())
+
+
+class TestAfterAnEarlierRun:
+    """Two jobs on the same ledgers cost less than the sum of two, and no more than the holders allow."""
+
+    JOB = ("cohort.rate=none", "privacy.client=none", "privacy.record.epsilon=1.0", SEEDED)
+
+    def again(self, first: Path, out: Path, *settings: str) -> dict[str, Any] | None:
+        job = load_job(scenario_path("devices"), [*SMALL, *self.JOB, *settings])
+        return start_run(job, out=out, parent=out.parent, watcher=Watcher(), now=datetime.now(UTC), after=first)
+
+    def test_the_ledgers_go_on_and_both_runs_pass_their_audit(self, tmp_path: Path) -> None:
+        first = simulate(tmp_path / "first", *self.JOB)
+        second = self.again(tmp_path / "first", tmp_path / "second", "name=second")
+        assert first is not None
+        assert second is not None
+        spent = [run["epsilon"]["record"] for run in (first, second)]
+        assert spent[0] < spent[1] < 2 * spent[0]
+        for name in ("first", "second"):
+            assert audit_run(tmp_path / name).findings == []
+
+    def test_a_holders_budget_refuses_what_does_not_fit_beside_the_first_job(self, tmp_path: Path) -> None:
+        assert simulate(tmp_path / "first", *self.JOB) is not None
+        files = RunFolder(tmp_path / "first").files_of("client-03")
+        budget = SiteBudget(Ledger(files.ledger, "client-03", IdentityKey.load(files.identity)))
+        budget.set_budget(Limit(epsilon=1.2, delta=1e-3))
+        with pytest.raises(BudgetExceeded, match=r"client-03: 4 rounds would cost .* data holder's budget"):
+            self.again(tmp_path / "first", tmp_path / "second", "name=second")
+        assert not (tmp_path / "second").exists()
+        smaller = self.again(
+            tmp_path / "first", tmp_path / "third", "name=third", "training.rounds=1", "privacy.record.epsilon=0.3"
+        )
+        assert smaller is not None
+        assert smaller["sites"]["client-03"]["epsilon"] <= 1.2
+
+    def test_the_same_job_is_not_run_twice_on_one_ledger(self, tmp_path: Path) -> None:
+        assert simulate(tmp_path / "first", *self.JOB) is not None
+        with pytest.raises(FedchorusError, match="this very job is in its ledgers already"):
+            self.again(tmp_path / "first", tmp_path / "second")
+
+    def test_other_holders_or_data_are_refused(self, tmp_path: Path) -> None:
+        assert simulate(tmp_path / "first", *self.JOB) is not None
+        with pytest.raises(FedchorusError, match="data set 'digits', not 'letters'"):
+            self.again(tmp_path / "first", tmp_path / "second", "name=second", "data.dataset=letters")
+        with pytest.raises(FedchorusError, match="the same data holders"):
+            self.again(tmp_path / "first", tmp_path / "second", "name=second", "simulation.partition.clients=90")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["strategy.weighting=rows"], "privacy.client counts every client alike"),
+        (["cohort.minimum=3"], "cohort.minimum"),
+        (["privacy.client.delta=0.05"], "privacy.client.delta: 0.05 is not below 1/40"),
+        (["privacy.record.delta=0.5"], "privacy.record.delta is 0.5, not below 1/"),
+        (["privacy.client.noise=bsr"], "cohort.separation"),
+        (["cohort.rate=none", "cohort.separation=2"], "cohort.separation is for correlated noise"),
+        (["privacy.client.noise=bsr", "cohort.rate=none", "cohort.separation=9"], "leave some clients out"),
+        (["privacy.client.noise=bsr", "privacy.client.placement=local"], "correlated noise needs placement"),
+        (["privacy.client.placement=local", "privacy.client.adaptive_clip={}"], "adaptive_clip needs placement"),
+        (["privacy.client.clip_norm=inf"], "privacy.client.clip_norm"),
+        (["privacy.client.noise_multiplier=-1"], "privacy.client.noise_multiplier"),
+        (["privacy.client.noise_multiplier=0.3"], "the job's limit is 8"),
+    ],
+)
+def test_a_job_that_cannot_be_private_is_refused_and_leaves_nothing(
+    settings: list[str], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FedchorusError, match=said.replace("(", "\\(")):
+        simulate(tmp_path / "run", *settings)
+    assert list(tmp_path.iterdir()) == []
