@@ -1,9 +1,10 @@
-"""`fedchorus simulate | resume | report | scenarios`: what a researcher types. Heavy imports wait for the work."""
+"""`fedchorus simulate | plan | resume | report | scenarios`: what a researcher types. Heavy imports come late."""
 
 from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -28,6 +29,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="resume", epilog="Example: fedchorus resume runs/hospitals-20260101-120000")(resume)
     app.command(name="report", epilog="Example: fedchorus report runs/hospitals-20260101-120000")(report)
     app.command(name="scenarios", epilog="Example: fedchorus scenarios --show hospitals > my-job.toml")(scenarios)
+    app.command(name="plan", epilog="Example: fedchorus plan hospitals --set training.rounds=100")(plan)
 
 
 def simulate(
@@ -42,6 +44,9 @@ def simulate(
     engine: Annotated[str | None, typer.Option(help="inline (default) or flower.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the model, the batches and the partition.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/NAME-TIME.")] = None,
+    after: Annotated[
+        Path | None, typer.Option(help="An earlier run of the same sites: their ledgers and budgets go on.")
+    ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -56,7 +61,8 @@ def simulate(
     path = job_path(job)
     resolved = load_job(path, settings)
     with _watching(as_json) as watch:
-        summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watch.watcher, now=datetime.now())
+        now = datetime.now()
+        summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watch.watcher, now=now, after=after)
         watch.conclude(summary)
 
 
@@ -91,6 +97,75 @@ def scenarios(
     else:
         for name in scenario_names():
             typer.echo(f"{name:<24}{describe(name)}")
+
+
+def plan(
+    job: Annotated[
+        str | None, typer.Argument(help="What to plan; without one, a calculator.", metavar="[SCENARIO | JOB.toml]")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the job.", metavar="KEY=VALUE")
+    ] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise on the sum, in clip norms.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Find the noise that costs this much.")] = None,
+    sampling_rate: Annotated[
+        str | None,
+        typer.Option(help="Each unit's chance to be in a step: 0.01 or 256/60000. By default 1.", metavar="RATE"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Releases; of shuffled batches, epochs.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Well below one over the rows.")] = None,
+    phase: Annotated[
+        list[str] | None, typer.Option(help="Noise, rate and steps; repeat it to compose.", metavar="Z,Q,T")
+    ] = None,
+    replace_one: Annotated[bool, typer.Option("--replace-one", help="A neighbour replaces a unit.")] = False,
+    scheme: Annotated[str | None, typer.Option(help="poisson, none (shuffled) or without-replacement.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Refuse a delta of one over so many or more.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a job would cost in privacy and in noise, before anything is spent; or answer for a few numbers."""
+    began = time.perf_counter()
+    from rich.console import Console
+
+    from privacy.errors import JobError
+    from simulations.calculator import calculate, print_answer
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)  # A pipe has no edge to wrap at.
+    asked = {
+        "noise_multiplier": noise_multiplier, "epsilon": epsilon, "sampling_rate": sampling_rate, "steps": steps,
+        "delta": delta, "phase": phase or None, "replace_one": replace_one or None, "scheme": scheme, "rows": rows,
+    }  # fmt: skip
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+    if job is None:
+        if overrides or not given:
+            raise JobError("give a job (fedchorus plan hospitals), or noise, rate, steps and delta; see --help")
+        answer = calculate(
+            noise_multiplier=noise_multiplier, target_epsilon=epsilon, sampling_rate=sampling_rate, steps=steps,
+            delta=delta, phases=phase or [], replace_one=replace_one, scheme=scheme, rows=rows,
+        )  # fmt: skip
+        if as_json:
+            typer.echo(json.dumps(answer))
+        else:
+            print_answer(console, answer, delta=delta or 0.0)
+        return
+    if given:
+        raise JobError(f"{given[0]} is for the calculator and cannot go with a job; change {job} with --set")
+    from simulations.cautions import cautions
+    from simulations.plan_view import as_record, print_plan
+    from simulations.planning import JobPlan
+    from simulations.scenarios import job_path
+    from strategies.job import load_job
+
+    planned = JobPlan.of(load_job(job_path(job), list(overrides or [])))
+    warnings = cautions(planned)
+    result = as_record(planned, warnings)
+    seconds = time.perf_counter() - began
+    if as_json:
+        typer.echo(json.dumps({**result, "seconds": round(seconds, 3)}))
+    else:
+        print_plan(console, planned, warnings, seconds=seconds)
 
 
 class _Watch:
