@@ -39,6 +39,7 @@ from privacy.events import LEAST_NOISE, REPLACE_ONE, CorrelatedEvent, Event, Gau
 from privacy.pld import GRID, Phase, Plan, pld_epsilon
 from privacy.prv import Bounds, epsilon_bounds
 
+LEAST_DELTA = 1e-300
 COARSE = 1e-3  # A grid for searching alone; the result is an upper bound on any.
 WHOLE_ORDERS = (*range(2, 65), 128, 256, 512)
 # dp-accounting logs each fractional order it leaves out; fewer orders only loosen an upper bound.
@@ -180,8 +181,8 @@ def rdp_to_epsilon(order: float, rdp: float, delta: float) -> float:
 
 
 def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise UnsupportedEvent(f"delta must lie between 0 and 1, got {delta!r}")
+    if not LEAST_DELTA <= delta < 1:
+        raise UnsupportedEvent(f"delta must lie between 0 and 1, and not below 1e-300, got {delta!r}")
 
 
 def _plan(events: Iterable[Event]) -> Plan:

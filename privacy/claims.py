@@ -86,7 +86,7 @@ def ledgers_of(job: Record) -> Ledgers:
                 | (
                     _correlated(central, rounds, job["cohort"]["separation"])
                     if correlated
-                    else _of_clients(central, job.get("cohort", {}), clients)
+                    else _of_clients(central, job.get("cohort", {}), clients, seen=bool(record))
                 )
             ],
         )
@@ -107,10 +107,11 @@ def _of_records(record: Record, training: Record, rows: int) -> dict[str, Any]:
     return _gaussian(UNIT_RECORD, record, rate=rate, count=steps)
 
 
-def _of_clients(client: Record, cohort: Record, clients: int) -> dict[str, Any]:
-    # A cohort of fixed size is drawn in public: everyone is charged as if always in it.
+def _of_clients(client: Record, cohort: Record, clients: int, *, seen: bool) -> dict[str, Any]:
+    # A cohort of fixed size is drawn in public, and one whose sites keep ledgers is seen in them (`seen`): everyone is
+    # charged as if always in it.
     rate, adaptive = cohort.get("rate", 1.0), client.get("adaptive_clip")
-    event = _gaussian(UNIT_CLIENT, client, rate=rate, count=1)
+    event = _gaussian(UNIT_CLIENT, client, rate=1.0 if seen else rate, count=1)
     if adaptive is None:
         return event
     expected = rate * clients if "rate" in cohort else min(cohort.get("size", clients), clients)

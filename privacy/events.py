@@ -36,6 +36,7 @@ SCHEMES = {
 }
 LEAST_NOISE = 0.0625  # Less noise than a sixteenth of the clip norm protects nobody, and takes minutes to account for.
 MOST_NOISE = 2.0**20
+LEAST_RATE = 2.0**-64  # Below it nobody is ever picked (`privacy.noise.poisson_sample`).
 MOST_RELEASES = 2**40
 MOST_ROUNDS = 2**20
 
@@ -78,7 +79,7 @@ class GaussianEvent:
         require(
             self.adjacency in SCHEMES[scheme], f"adjacency ({scheme})", " or ".join(SCHEMES[scheme]), self.adjacency
         )
-        require(is_number(rate) and 0 < rate <= 1, "sampling.rate", "0 < rate <= 1", rate)
+        require(is_number(rate) and LEAST_RATE <= rate <= 1, "sampling.rate", "in [2^-64, 1]", rate)
         require(
             scheme != "without_replacement" or self.noise_multiplier >= 2 * LEAST_NOISE,
             f"noise_multiplier ({scheme})",

@@ -32,6 +32,7 @@ Vector = NDArray[np.float64]
 GRID = 1e-4
 DOTS = 20  # Grid points in the standard deviation of one release's loss: fewer would be dear where very many compose.
 MOST_POINTS = 2**19  # In one release's distribution; beyond it the grid grows coarser, and the bound looser.
+MOST_LOSS = 600.0  # Of one release: e^loss is a float still.
 MOST_BINS = 2**23  # In the window of the composition.
 LOG_TAIL = -50.0  # What is cut off one release has this log probability under either neighbour; it counts as lost.
 WINDOW_TAIL = 1e-8  # Outside the window on either side, as a share of the mass that decides about delta.
@@ -52,14 +53,18 @@ class _Losses:
 def pld_epsilon(plan: Plan, delta: float, *, grid: float = GRID) -> float:
     """Bound epsilon at `delta` from above for the composition of `plan`, under add/remove-one.
 
-    Infinite where so many releases compose that no window of 2^23 grid points holds their loss. The grid is `grid` or
-    finer, as the narrowest release needs, and coarser only where nothing else helps.
+    Infinite where so many releases compose that no window of 2^23 grid points holds their loss, and where one release's
+    loss is beyond what e^loss can follow. The grid is `grid` or finer, as the narrowest release needs, and coarser only
+    where one release alone would take 2^19 points, or nothing else helps.
     """
     step = min([grid, *(rate / (DOTS * noise) for (noise, rate), _ in plan)])
     # Cut off one release at -50, or further out for a tiny delta, in few steps so that distributions are shared.
     log_tail = LOG_TAIL * 2.0 ** max(0, math.ceil(math.log2((25 - math.log(delta)) / -LOG_TAIL)))
     widest = max(_widest_loss(noise, rate, log_tail) for (noise, rate), _ in plan)
-    step = min(grid, max(step, widest / MOST_POINTS))
+    deepest = min(_loss_at(-noise * math.sqrt(-2 * log_tail), noise, rate) for (noise, rate), _ in plan)
+    if widest > MOST_LOSS or deepest < -MOST_LOSS:
+        return math.inf
+    step = max(step, widest / MOST_POINTS)
     step = grid * 2.0 ** -math.ceil(math.log2(grid / step) - 1e-9)  # A power of two apart: distributions are shared.
     epsilon = math.inf
     for coarser in (1, 16, 256):
@@ -75,7 +80,7 @@ def _widest_loss(noise: float, rate: float, log_tail: float) -> float:
     return float(np.logaddexp(math.log1p(-rate) if rate < 1 else -math.inf, math.log(rate) + (reach + 0.5) / noise**2))
 
 
-@lru_cache(maxsize=128)
+@lru_cache(maxsize=48)
 def _discretised(phase: Phase, grid: float, log_tail: float) -> tuple[_Losses, _Losses]:
     """P against Q and Q against P, where P = (1 - rate) N(0, noise^2) + rate N(1, noise^2) and Q = N(0, noise^2).
 
@@ -92,14 +97,18 @@ def _discretised(phase: Phase, grid: float, log_tail: float) -> tuple[_Losses, _
     with np.errstate(divide="ignore", invalid="ignore"):
         inner = np.expm1(losses) / rate + 1
         x = np.where(inner > 0, noise**2 * np.log(np.maximum(inner, 0)) + 0.5, -np.inf)
-    of_q = _between(x / noise)
-    of_p = (1 - rate) * of_q + rate * _between((x - 1) / noise)
-    # Two masses at the ends of each interval with the interval's probabilities under P and under Q.
-    ratio = np.exp(losses[:-1])
-    upper = np.clip((of_p / ratio - of_q) / math.expm1(grid), 0, of_q)
-    lower = of_q - upper
-    under_q = np.append(lower, 0) + np.insert(upper, 0, 0)
-    under_p = under_q * np.exp(losses)
+    of_q, error_q = _between(x / noise)
+    of_shifted, error_shifted = _between((x - 1) / noise)
+    of_p = (1 - rate) * of_q + rate * of_shifted
+    # Two masses at the ends of each interval with the interval's probabilities under P and under Q. Each direction is
+    # worked out in its own masses, for the other's may underflow; what rounding may have cost goes to the dearer end.
+    low, high = np.exp(losses[:-1]), np.exp(losses[1:])
+    error_p = (1 - rate) * error_q + rate * error_shifted
+    share = -math.expm1(-grid)
+    dear_p = np.clip((of_p - low * of_q + error_p + low * error_q) / share, 0, of_p)
+    dear_q = np.clip((of_q - of_p / high + error_q + error_p / high) / share, 0, of_q)
+    under_p = np.append(of_p - dear_p, 0) + np.insert(dear_p, 0, 0)
+    under_q = np.append(dear_q, 0) + np.insert(of_q - dear_q, 0, 0)
     q_below, q_above = float(ndtr(x[0] / noise)), float(ndtr(-x[-1] / noise))
     p_below = (1 - rate) * q_below + rate * float(ndtr((x[0] - 1) / noise))
     p_above = (1 - rate) * q_above + rate * float(ndtr((1 - x[-1]) / noise))
@@ -114,10 +123,14 @@ def _loss_at(x: float, noise: float, rate: float) -> float:
     return float(np.logaddexp(math.log1p(-rate), shifted)) if rate < 1 else shifted
 
 
-def _between(edges: Vector) -> Vector:
-    """N(0, 1)'s mass between neighbouring edges, taken in the tail that keeps its digits."""
+def _between(edges: Vector) -> tuple[Vector, Vector]:
+    """N(0, 1)'s mass between neighbouring edges, in the tail that keeps its digits, and by how much it may err."""
     left, right = edges[:-1], edges[1:]
-    return np.where(left > 0, ndtr(-left) - ndtr(-right), ndtr(right) - ndtr(left))
+    near, far = np.where(left > 0, ndtr(-left), ndtr(right)), np.where(left > 0, ndtr(-right), ndtr(left))
+    # ndtr is good to a few units in the last place, and so are the edges, which move the tail by edge^2 as many.
+    inner = np.where(left > 0, left, right)  # The edge of the larger tail, finite or its tail is 0 or 1.
+    moved = 1 + np.square(np.where(np.isfinite(inner), inner, 0.0))
+    return near - far, 4 * np.finfo(float).eps * near * moved
 
 
 def _epsilon(parts: Sequence[tuple[_Losses, int]], delta: float, grid: float) -> float:

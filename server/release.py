@@ -101,6 +101,11 @@ class ReleasePlan:
     mechanism: GaussianSum | CorrelatedSum
     adaptive: AdaptiveClip | None = None
 
+    @property
+    def sampled(self) -> bool:
+        """Whether the cost counts on nobody learning who took part."""
+        return isinstance(self.event, GaussianEvent) and self.event.sampling_rate < 1
+
     @classmethod
     def make(
         cls,
@@ -127,7 +132,7 @@ class ReleasePlan:
             )
         correlated = client.noise != "independent"
         rounds = 1 if correlated else job.training.rounds + client.spare_rounds
-        rate = job.cohort.rate or 1.0
+        rate = secret_rate(job)
         noise = client.noise_multiplier or noise_multiplier
         if noise is None:
             assert client.epsilon is not None
@@ -148,6 +153,14 @@ class ReleasePlan:
         return plan
 
 
+def secret_rate(job: Job) -> float:
+    """The chance of a client to be asked, where nobody but the server can learn who was; 1.0 where nothing amplifies.
+
+    A site's own ledger shows in which rounds it took part, to whoever audits it.
+    """
+    return 1.0 if job.privacy.at_sites else job.cohort.rate or 1.0
+
+
 def _independent(
     client: ClientPrivacy,
     noise: float,
@@ -162,9 +175,15 @@ def _independent(
     event = mechanism.event(sampling_rate=rate, count=1, dimension=parameters, rng=rng, unit=UNIT_CLIENT)
     if choice is None:
         return mechanism, event, None
+    bit_noise = choice.bit_noise or cohort / 20
+    if 2 * bit_noise <= noise:
+        raise JobError(
+            f"privacy.client.adaptive_clip.bit_noise: {bit_noise:g} is not more than half the noise multiplier "
+            f"{noise:.4g}: counting who is below the clip norm would cost all there is to spend; raise it"
+        )
     adaptive = AdaptiveClip(
         initial=client.clip_norm,
-        bit_noise=choice.bit_noise or cohort / 20,
+        bit_noise=bit_noise,
         quantile=choice.quantile,
         learning_rate=choice.learning_rate,
     )

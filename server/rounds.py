@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,9 @@ def run_rounds(
                 f"{job.least_answers} ({_reasons(collected)}); mend them and resume; a site that crashed "
                 "within a round has spent it, and takes part to the end only with privacy.record.spare_rounds"
             )
-        state, total = release.release(state, collected.total)
-        state = strategy.step(state, total)
+        released, total = release.release(state, collected.total)
+        # What the noise remembers would show the sum behind it: no strategy is given it, and none can lose it.
+        state = replace(strategy.step(replace(state, release={}), total), release=released.release)
         if not np.isfinite(state.model).all():
             raise RunError(f"round {number}: the model diverged; lower training.learning_rate")
         witnessed.update(collected.heads)

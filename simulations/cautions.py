@@ -129,6 +129,8 @@ def _on_amplification(plan: JobPlan, setting: Setting) -> Iterator[Caution]:
         return
     rate, how = setting.share if setting.share < 1 else 0.5, "cohort.rate"
     why = f"the draw of {setting.size:g} of {clients} clients is public" if setting.share < 1 else "everyone is asked"
+    if plan.job.privacy.record is not None and plan.job.cohort.rate is not None:
+        why, how = "the sites' ledgers show who took part", "without privacy.record, cohort.rate"
     if setting.placement == "local":
         why, how = "the server sees who takes part", 'placement = "central" with cohort.rate'
     sampled = setting.roughly(rate=rate)

@@ -38,7 +38,7 @@ from privacy.mechanism import GaussianSum
 from privacy.pld import pld_epsilon
 from privacy.prv import Bounds
 from server.cohort import expected_size
-from server.release import ReleasePlan
+from server.release import ReleasePlan, secret_rate
 from strategies.job import Job, Protection, TaskChoice
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -275,7 +275,7 @@ def _central(job: Job, clients: int, parameters: int) -> Setting:
     client = job.privacy.central
     assert client is not None
     rounds = 1 if client.noise != "independent" else job.training.rounds + client.spare_rounds
-    noise = _calibrated(client, job.cohort.rate or 1.0, rounds)
+    noise = _calibrated(client, secret_rate(job), rounds)
     # The noise given, and no limit: what a job is refused for should not keep its cost from being shown.
     free = client.model_copy(
         update={"epsilon": None, "noise_multiplier": noise, "delta": min(client.delta, 0.5 / clients)}
@@ -295,7 +295,7 @@ def _central(job: Job, clients: int, parameters: int) -> Setting:
         who=("the server",),
         units=(clients, clients),
         share=release.cohort / clients,
-        secret=job.cohort.rate is not None,
+        secret=secret_rate(job) < 1,
         rounds=release.rounds,
         each=release.event,
         noise_multiplier=noise,

@@ -32,6 +32,8 @@ def render_report(*, job_toml: str, summary: Mapping[str, Any], rounds: Sequence
     """
     name = str(summary.get("name") or "unnamed run")
     privacy = _Privacy.read(summary)
+    if (privacy.whole.get("sampling_rate") or 1) < 1:  # Who took part, and how many did, is the server's secret.
+        rounds = [{**entry, "contributors": None, "failures": None} for entry in rounds]
     main = element(
         "main",
         _outcome(summary),
@@ -317,7 +319,7 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
                 _figure(entry.get("loss")),
                 _share(entry.get("accuracy")),
                 entry.get("worst_site") or "-",
-                _count(len(entry.get("contributors") or ())),
+                "-" if entry.get("contributors") is None else _count(len(entry["contributors"])),
                 _upward(_largest(*(values[i] for values in spent.values()))),
                 _upward(entry.get("epsilon_client")),
                 _shown(entry.get("seconds"), lambda seconds: f"{seconds:.2f}"),

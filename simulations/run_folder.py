@@ -75,6 +75,18 @@ class RunFolder:
             raise RunError(f"{self.path}: plans.json is damaged")
         return planned
 
+    def hand_over(self, successor: Path) -> None:
+        """Let `successor` go on with this run's ledgers, and nobody else: two copies would spend one budget twice.
+
+        Raises `RunError` when another run did before.
+        """
+        try:
+            with open(self.path / "continued", "x", encoding="utf-8") as file:
+                file.write(f"{successor}\n")
+        except FileExistsError:
+            other = (self.path / "continued").read_text(encoding="utf-8").strip()
+            raise RunError(f"{self.path}: its ledgers went on in {other}; give --after that run") from None
+
     @property
     def finished(self) -> bool:
         return (self.path / "summary.json").is_file()

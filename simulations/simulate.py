@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -78,7 +78,10 @@ def _prepare(
     after: Path | None,
 ) -> None:
     if after is not None:
-        _go_on(folder, RunFolder.open(after), job, plans, release)
+        earlier = RunFolder.open(after)
+        with earlier.locked():
+            _go_on(folder, earlier, job, plans, release)
+            earlier.hand_over(folder.path)
     planned: dict[str, Any] = {"v": 1, "job": job.hash, "sites": {n: plan_record(plan) for n, plan in plans.items()}}
     roster: dict[str, Any] = {"v": 1, "sites": {}}
     if release is not None:
@@ -101,6 +104,8 @@ def _go_on(
     folder: RunFolder, earlier: RunFolder, job: Job, plans: Mapping[str, SitePlan], release: ReleasePlan | None
 ) -> None:
     """Bring the ledgers of an earlier run along, and refuse what their holders' budgets do not allow."""
+    if not earlier.finished:
+        raise RunError(f"{earlier.path}: is not finished; resume it first")
     brought = {name: (earlier.files_of(name), folder.files_of(name)) for name, plan in plans.items() if plan.events}
     accounts = {
         name: JobAccount(job.hash, job.purpose, plan.rounds, plan.events, None, plan.limits)
@@ -304,6 +309,8 @@ class _Run:
         self, state: ServerState, parameters: Parameters, evaluation: Evaluation, start: Vector
     ) -> dict[str, Any]:
         self._settle()
+        if state.release:  # With it and the model anyone could take the last round's noise away.
+            save_checkpoint(replace(state, release={}), self.folder.checkpoint, job=self.job.hash)
         scores = evaluation(state.model)
         compared: dict[str, Any] = {}
         if self.job.simulation.baselines:
@@ -334,6 +341,8 @@ class _Run:
     def _summary(self, scores: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, Any]:
         record, local, lines = self.job.privacy.record, self.job.privacy.local, self.folder.lines("metrics.jsonl")
         sites: dict[str, dict[str, Any]] = {}
+        # Who took part is what the amplification counts on nobody learning.
+        secret = self.release_plan is not None and self.release_plan.sampled
         for name, data in self.federation.data.items():
             accounts = self._accounts[name].now() if name in self._accounts else Accounts(name)
             spent = epsilon(accounts.spent(UNIT_RECORD), record.delta) if record else None
@@ -348,7 +357,7 @@ class _Run:
                 "epsilon_rdp": spent.rdp if spent else None,
                 "delta": record.delta if record else None,
                 "steps": releases or None,
-                "rounds": sum(name in line["contributors"] for line in lines),
+                "rounds": None if secret else sum(name in line["contributors"] for line in lines),
                 "client": _client_claim(accounts.spent(UNIT_CLIENT), local.delta) if local else None,
             }
         central, whole = self.job.privacy.central, None

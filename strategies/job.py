@@ -363,6 +363,11 @@ class Job(Section):
             raise ValueError("privacy.client.noise: correlated noise needs cohort.separation: who returns when")
         if cohort.separation is not None and not correlated:
             raise ValueError("cohort.separation is for correlated noise (privacy.client.noise)")
+        if cohort.rate is not None and self.privacy.central is None:
+            raise ValueError(
+                "cohort.rate is for central client-level privacy (privacy.client), which counts on nobody seeing who "
+                "was asked; use cohort.size for cohorts that may be seen"
+            )
         if (cohort.separation or 1) > self.training.rounds:
             raise ValueError(f"cohort.separation: {self.training.rounds} rounds would leave some clients out for ever")
         if self.privacy.central is not None and cohort.minimum is not None:

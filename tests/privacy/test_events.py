@@ -85,7 +85,7 @@ def gaussian_events(draw: st.DrawFn) -> GaussianEvent:
     scheme: Any
     scheme, adjacency = draw(st.sampled_from([(s, a) for s, allowed in SCHEMES.items() for a in allowed]))
     fields: dict[str, Any] = {key: draw(values) for key, values in common.items()}
-    rate = 1.0 if scheme == "none" else draw(st.floats(0, 1, exclude_min=True))
+    rate = 1.0 if scheme == "none" else draw(st.floats(2.0**-64, 1))
     bit = draw(st.none() | st.floats(fields["noise_multiplier"], 2**21))
     return GaussianEvent(
         adjacency=adjacency,

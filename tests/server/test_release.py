@@ -224,7 +224,11 @@ class TestPlan:
             (private_job(delta=0.02), 50, "privacy.client.delta: 0.02 is not below 1/50"),
             (private_job(epsilon=0.5), 60, "the job's limit is 0.5; not one round fits"),
             (private_job(clip_norm=2.0**101), 60, "clip_norm must lie in"),
-            (private_job(adaptive_clip={"bit_noise": 1.0}), 60, "bit_noise must be more than half"),
+            (
+                private_job(adaptive_clip={"bit_noise": 1.0}),
+                60,
+                "privacy.client.adaptive_clip.bit_noise: 1 is not more than half",
+            ),
             (private_job(noise="banded", cohort={"separation": 4}, noise_multiplier=2.0**19), 60, "at most 2\\^12"),
         ],
     )

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from privacy.accountant import epsilon_pld
 from privacy.audit import audit_run
@@ -22,15 +23,18 @@ from privacy.ledger import Ledger
 from simulations.run_folder import RunFolder
 from simulations.scenarios import scenario_path
 from simulations.simulate import Watcher, resume_run, start_run
+from strategies.fedavg import FedAvg
 from strategies.job import load_job
 from strategies.parameters import Parameters
+from strategies.protocol import ServerState
+from strategies.total import Total
 
 SMALL = ["simulation.partition.clients=40", "training.rounds=4", "simulation.baselines=false"]
 SEEDED = 'simulation.noise="seeded"'
 KINDS = {
     "both units": [],
-    "clients alone": ["privacy.record=none"],
-    "everyone is asked": ["cohort.rate=none", "privacy.client.epsilon=none", "privacy.client.noise_multiplier=2"],
+    "clients alone, by secret coins": ["privacy.record=none", "cohort.rate=0.3"],
+    "the noise is given": ["privacy.client.epsilon=none", "privacy.client.noise_multiplier=2"],
     "a moving clip norm": ["privacy.client.adaptive_clip={}"],
     "layer by layer": ["privacy.client.clipping=per-layer", "privacy.record.clipping=per-layer"],
     "local noise": ["cohort.rate=none", "privacy.client.placement=local"],
@@ -69,7 +73,7 @@ def test_a_run_of_every_kind_states_what_it_spent_and_the_audit_finds_the_same(k
         assert found["record"] == pytest.approx(summary["epsilon"]["record"])
     central = "privacy.client.placement=local" not in KINDS[kind]
     assert (summary["client"] is not None) == central == (tmp_path / "run" / "server.jsonl").exists()
-    assert 0 < summary["epsilon"]["client"] <= 8.0 or kind == "everyone is asked"
+    assert 0 < summary["epsilon"]["client"] <= 8.0 or kind == "the noise is given"
     report = (tmp_path / "run" / "report.html").read_text()
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
     assert "a whole site" in report
@@ -78,7 +82,7 @@ def test_a_run_of_every_kind_states_what_it_spent_and_the_audit_finds_the_same(k
 
 
 def test_epsilon_is_that_of_as_many_sampled_releases_as_rounds(tmp_path: Path) -> None:
-    summary = simulate(tmp_path / "run", "privacy.record=none")
+    summary = simulate(tmp_path / "run", "privacy.record=none", "cohort.rate=0.3")
     assert summary is not None
     event = GaussianEvent(
         unit="client",
@@ -97,7 +101,9 @@ def test_epsilon_is_that_of_as_many_sampled_releases_as_rounds(tmp_path: Path) -
     assert spent[-1] == pytest.approx(summary["epsilon"]["client"])
 
 
-@pytest.mark.parametrize("kind", ["both units", "a moving clip norm", "banded noise", "local noise"])
+@pytest.mark.parametrize(
+    "kind", ["both units", "clients alone, by secret coins", "a moving clip norm", "banded noise", "local noise"]
+)
 def test_a_stopped_run_goes_on_to_the_very_same_model(kind: str, tmp_path: Path) -> None:
     settings = [*KINDS[kind], SEEDED]
     assert simulate(tmp_path / "whole", *settings) is not None
@@ -120,6 +126,40 @@ def test_a_round_that_was_charged_and_lost_stays_charged(tmp_path: Path) -> None
     reserved = [json.loads(line) for line in (tmp_path / "run" / "server.jsonl").read_text().splitlines()]
     assert [entry["body"]["round"] for entry in reserved if entry["kind"] == "reserve"] == [1, 2, 2, 3, 4]
     assert audit_run(tmp_path / "run").findings == []
+
+
+def test_a_cohort_that_ledgers_show_is_charged_as_everyone(tmp_path: Path) -> None:
+    seen = simulate(tmp_path / "seen", "cohort.rate=0.3", SEEDED)
+    secret = simulate(tmp_path / "secret", "cohort.rate=0.3", "privacy.record=none", SEEDED)
+    assert seen is not None
+    assert secret is not None
+    assert seen["client"]["sampling_rate"] == 1.0
+    assert secret["client"]["sampling_rate"] == 0.3
+    assert seen["client"]["noise_multiplier"] > secret["client"]["noise_multiplier"]
+    # What goes out with the model does not say who took part.
+    assert {site["rounds"] for site in secret["sites"].values()} == {None}
+    report = (tmp_path / "secret" / "report.html").read_text()
+    assert "Rounds taken part" in report
+    assert audit_run(tmp_path / "seen").findings == []
+
+
+def test_the_noise_that_is_remembered_reaches_no_strategy_and_no_finished_run(tmp_path: Path) -> None:
+    summary = simulate(tmp_path / "run", *KINDS["banded noise"], f"strategy.name={__name__}:Curious")
+    assert summary is not None
+    assert Curious.seen == [{}] * 4
+    with safe_open(tmp_path / "run" / "private" / "_server" / "checkpoint.safetensors", framework="numpy") as file:
+        assert list(file.keys()) == ["model"]
+
+
+class Curious(FedAvg):
+    """A strategy that looks at all it is given, and hands on nothing of it."""
+
+    seen: ClassVar[list[Any]] = []
+
+    def step(self, state: ServerState, total: Total) -> ServerState:
+        self.seen.append(dict(state.release))
+        after = super().step(state, total)
+        return ServerState(after.model, after.round_number)
 
 
 def test_correlated_noise_never_takes_a_round_twice(tmp_path: Path) -> None:
@@ -182,6 +222,15 @@ class TestAfterAnEarlierRun:
         with pytest.raises(FedchorusError, match="this very job is in its ledgers already"):
             self.again(tmp_path / "first", tmp_path / "second")
 
+    def test_ledgers_go_on_in_one_run_alone(self, tmp_path: Path) -> None:
+        assert simulate(tmp_path / "first", *self.JOB) is not None
+        assert self.again(tmp_path / "first", tmp_path / "second", "name=second") is not None
+        with pytest.raises(FedchorusError, match="its ledgers went on in"):
+            self.again(tmp_path / "first", tmp_path / "third", "name=third")
+        assert simulate(tmp_path / "stopped", *self.JOB, stop=True) is None
+        with pytest.raises(FedchorusError, match="is not finished"):
+            self.again(tmp_path / "stopped", tmp_path / "third", "name=third")
+
     def test_other_holders_or_data_are_refused(self, tmp_path: Path) -> None:
         assert simulate(tmp_path / "first", *self.JOB) is not None
         with pytest.raises(FedchorusError, match="data set 'digits', not 'letters'"):
@@ -198,13 +247,14 @@ class TestAfterAnEarlierRun:
         (["privacy.client.delta=0.05"], "privacy.client.delta: 0.05 is not below 1/40"),
         (["privacy.record.delta=0.5"], "privacy.record.delta is 0.5, not below 1/"),
         (["privacy.client.noise=bsr"], "cohort.separation"),
+        (["cohort.rate=0.3", "privacy.client=none"], "cohort.rate is for central client-level privacy"),
         (["cohort.rate=none", "cohort.separation=2"], "cohort.separation is for correlated noise"),
         (["privacy.client.noise=bsr", "cohort.rate=none", "cohort.separation=9"], "leave some clients out"),
         (["privacy.client.noise=bsr", "privacy.client.placement=local"], "correlated noise needs placement"),
         (["privacy.client.placement=local", "privacy.client.adaptive_clip={}"], "adaptive_clip needs placement"),
         (["privacy.client.clip_norm=inf"], "privacy.client.clip_norm"),
         (["privacy.client.noise_multiplier=-1"], "privacy.client.noise_multiplier"),
-        (["privacy.client.noise_multiplier=0.3"], "the job's limit is 8"),
+        (["privacy.client.noise_multiplier=0.8"], "the job's limit is 8"),
     ],
 )
 def test_a_job_that_cannot_be_private_is_refused_and_leaves_nothing(

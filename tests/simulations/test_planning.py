@@ -500,7 +500,7 @@ class TestWarnings:
             ("cohort_too_small", {**QUIET_CLIENTS, "cohort__rate": 0.02}, {**QUIET_CLIENTS, "cohort__rate": 0.03}),
             ("no_amplification", {**QUIET_CLIENTS, "cohort__rate": None, "cohort__size": 50}, QUIET_CLIENTS),
             ("no_amplification", {**QUIET_CLIENTS, "cohort__rate": None}, QUIET_CLIENTS),
-            ("no_amplification", {**QUIET_CLIENTS, "privacy__client__placement": "local"}, QUIET_CLIENTS),
+            ("no_amplification", {**QUIET_CLIENTS, "cohort__rate": None, "privacy__client__placement": "local"}, QUIET_CLIENTS),
             ("correlated_better", {**QUIET_CLIENTS, "cohort__rate": None, "cohort__size": 20},
              {**QUIET_CLIENTS, "cohort__rate": None, "cohort__separation": 5, "privacy__client__noise": "banded"}),
             ("correlated_better", {**QUIET_CLIENTS, "cohort__rate": None, "cohort__size": 20},

@@ -490,7 +490,7 @@ VARIANTS: list[list[str]] = [
     ["task.hidden=[32]"],
     ["strategy.name=mine.strategies:Mine"],
     ["strategy.weighting=equal"],
-    ["cohort.rate=0.5"],
+    [*CLIENT, "cohort.rate=0.5"],
     CLIENT,
     [*CLIENT, "privacy.client.epsilon=2"],
     [*CLIENT, "privacy.client.delta=1e-4"],
