@@ -230,10 +230,9 @@ def _job_named(prefix: str, own: SiteBudget) -> str:
 def _limit(text: str, unit: str) -> Limit:
     from privacy.budget import Limit
 
-    epsilon, _, rest = text.partition(",")
-    (delta,) = _numbers("--set", rest, 1, "EPSILON,DELTA")
-    limit = None if epsilon == "none" else _numbers("--set", epsilon, 1, "EPSILON,DELTA")[0]
-    return Limit(unit=unit, epsilon=limit, delta=delta)
+    lifted = text.startswith("none,")
+    epsilon, delta = _numbers("--set", text.replace("none", "0", 1) if lifted else text, 2, "EPSILON,DELTA")
+    return Limit(unit=unit, epsilon=None if lifted else epsilon, delta=delta)
 
 
 def _planned_job(text: str, unit: str, purpose: str | None, number: int) -> JobAccount:

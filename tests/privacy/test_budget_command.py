@@ -204,6 +204,12 @@ class TestPlanned:
 
 
 class TestWriting:
+    @pytest.mark.parametrize("text", ["3", "none", "3,", "none,", "nonsense,1e-6", "3,1e-6,1"])
+    def test_a_half_given_budget_is_shown_as_it_was_given(self, run: Run, text: str) -> None:
+        said = error(UnsupportedEvent, run.path, "--set", text, "--identity", run.pem["east"])
+        assert said.startswith("--set: expected EPSILON,DELTA, got '")
+        assert run.kinds()[-1] != "budget"
+
     def test_sets_a_budget_under_the_ledger_s_own_key(self, run: Run) -> None:
         shown = ledgers(run.path, "--set", "3.5,1e-6", "--identity", run.pem["east"])
         assert line(shown["east"])["limit"] == 3.5
