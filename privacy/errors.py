@@ -5,6 +5,8 @@ FedchorusError                 every error a person may see: one line, no stack 
 │   └── BudgetExceeded         ... and asked for more than the budget allows
 ├── DataError                  the person who holds the data
 ├── RunError                   the person who names a run folder or runs one
+│   └── RoundAborted           ... because too few were left for a secure sum to be shown
+├── Refused                    nobody at this site: a request was not what an honest server sends, and nothing left
 ├── UnsupportedEvent           an event that no accountant here can bound: refused, never approximated
 └── LedgerError                a ledger that cannot be written or trusted
     └── LedgerCorrupt          ... because an entry is not what was signed
@@ -31,6 +33,14 @@ class DataError(FedchorusError):
 
 class RunError(FedchorusError):
     """A run folder is missing, incomplete or of another kind than the command needs."""
+
+
+class RoundAborted(RunError):
+    """A secure sum ended without one: too few were left at some stage. Names the stage, the count and the threshold."""
+
+
+class Refused(FedchorusError):
+    """A client keeps its secrets: what it was asked for, or was to send, is not what its session allows."""
 
 
 class UnsupportedEvent(FedchorusError):
