@@ -3,10 +3,14 @@
 | method   | what it is                                                     | when it speaks                        |
 |----------|----------------------------------------------------------------|---------------------------------------|
 | `pld`    | privacy loss distributions (`privacy.pld`): the figure reported | always; where nothing was sampled it  |
-|          |                                                                | is `exact`, where it gives up `rdp`   |
-| `rdp`    | Rényi DP, integer and fractional orders: the cross-check       | always                                |
-| `exact`  | the analytic Gaussian curve                                    | when nothing was sampled              |
-| `bounds` | a proven interval that holds the true epsilon (`privacy.prv`)  | unless it would be absurdly wide      |
+|          |                                                                | is `exact`, where it gives up and     |
+|          |                                                                | where noise was distributed `rdp`     |
+| `rdp`    | Rényi DP, integer and fractional orders: the cross-check       | always; whole orders alone where      |
+|          |                                                                | noise was distributed                 |
+| `exact`  | the analytic Gaussian curve                                    | when nothing was sampled and no noise |
+|          |                                                                | distributed                           |
+| `bounds` | a proven interval that holds the true epsilon (`privacy.prv`)  | unless it would be absurdly wide, or  |
+|          |                                                                | noise was distributed                 |
 
 `pld`, `rdp` and `bounds` come from three implementations that share no code; the second is dp-accounting's. Sources:
 Mironov, Talwar, Zhang 2019 (arXiv:1908.10530), the RDP of the sampled Gaussian; Balle and Wang 2018 (arXiv:1805.06530),
@@ -14,7 +18,9 @@ Thm. 8, the exact curve; Zhu, Dong, Wang 2022 (arXiv:2106.08567), samples of fix
 approximation is not here: it falls below proven lower bounds.
 
 An epsilon is for one unit under the adjacency that its events name. Replace-one doubles what a unit can move, so the
-noise counts for half.
+noise counts for half. Secure sums under distributed noise (`privacy.distributed`) are priced under zero-out, and so is
+every list with one in it: no Gaussian sum can tell a client that contributes zero to it from one that is absent, so
+what bounds removing it bounds zeroing it, and so does what bounds replacing it by anything.
 """
 
 from __future__ import annotations
@@ -23,9 +29,9 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,22 +39,24 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 
 from privacy.correlated import Banded, BufferedToeplitz, Participation, rounded_sensitivity
-from privacy.distributed import discrete_gaussian_rdp
+from privacy.distributed import ORDERS, DistributedNoise, discrete_gaussian_rdp
 from privacy.errors import UnsupportedEvent
-from privacy.events import LEAST_NOISE, REPLACE_ONE, CorrelatedEvent, Event, GaussianEvent
+from privacy.events import LEAST_NOISE, REPLACE_ONE, CorrelatedEvent, DistributedEvent, Event, GaussianEvent
 from privacy.pld import GRID, Phase, Plan, pld_epsilon
 from privacy.prv import Bounds, epsilon_bounds
 
 LEAST_DELTA = 1e-300
 COARSE = 1e-3  # A grid for searching alone; the result is an upper bound on any.
 WHOLE_ORDERS = (*range(2, 65), 128, 256, 512)
+AnyPhase = Phase | DistributedNoise
+AnyPlan = tuple[tuple[AnyPhase, int], ...]  # As `Plan`, with secure sums under distributed noise after the Gaussians.
 # dp-accounting logs each fractional order it leaves out; fewer orders only loosen an upper bound.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
 class Epsilon:
-    """One set of events at one delta, by every method that can speak; `exact` is None when sampling was used."""
+    """One set of events at one delta, by every method that can speak; `exact` is None where that curve says nothing."""
 
     delta: float
     pld: float
@@ -144,14 +152,17 @@ def _least(cost_of: Callable[[float], float], target: float, *, start: float, sa
 def bounds(events: Iterable[Event], delta: float) -> Bounds | None:
     """Bracket the true epsilon of `events` at `delta`: lower <= epsilon <= upper, proven; None where nothing is known.
 
-    Where nothing was sampled the exact curve is all three. The discretisation of the noise, as in `epsilon`, is taken
-    off delta for the upper end alone.
+    Nothing is known so far where noise was distributed: no lower bound is proven for it here. Where nothing was sampled
+    the exact curve is all three. The discretisation of the noise, as in `epsilon`, is taken off delta for the upper end
+    alone.
     """
     _check_delta(delta)
     released = list(events)
     if not released:
         return Bounds(0.0, 0.0, 0.0)
     plan, tv = _plan(released), _tv(released)
+    if not _gaussian(plan):
+        return None
     paid = delta - _price(plan, delta, tv)
     if _unsampled(plan):
         lower, upper = _exact_epsilon(plan, delta), _exact_epsilon(plan, paid)
@@ -185,16 +196,23 @@ def _check_delta(delta: float) -> None:
         raise UnsupportedEvent(f"delta must lie between 0 and 1, and not below 1e-300, got {delta!r}")
 
 
-def _plan(events: Iterable[Event]) -> Plan:
-    phases: Counter[Phase] = Counter()
+def _plan(events: Iterable[Event]) -> AnyPlan:
+    phases: Counter[AnyPhase] = Counter()
     for event in events:
         phases[_phase(event)] += event.count
-    return tuple(sorted(phases.items()))
+    return tuple(sorted(phases.items(), key=_place))
+
+
+def _place(charged: tuple[AnyPhase, int]) -> tuple[int, tuple[Any, ...]]:
+    phase, _ = charged
+    return (1, astuple(phase)) if isinstance(phase, DistributedNoise) else (0, phase)
 
 
 @lru_cache(maxsize=4096)
-def _phase(event: Event) -> Phase:
-    """What one release costs, as the equivalent under add/remove-one."""
+def _phase(event: Event) -> AnyPhase:
+    """What one release costs: a Gaussian as its equivalent under add/remove-one."""
+    if isinstance(event, DistributedEvent):
+        return event.noise()
     if isinstance(event, CorrelatedEvent):
         plan = Participation(rounds=event.rounds, participations=event.participations, separation=event.separation)
         strategy = Banded(event.coefficients) if event.coefficients else BufferedToeplitz(event.weights, event.decays)
@@ -209,17 +227,21 @@ def _tv(events: Iterable[Event]) -> float:
     return math.fsum(event.discretisation_tv for event in events)
 
 
-def _unsampled(plan: Plan) -> bool:
-    return all(rate == 1.0 for (_, rate), _ in plan)
+def _gaussian(plan: AnyPlan) -> TypeGuard[Plan]:
+    return not any(isinstance(phase, DistributedNoise) for phase, _ in plan)
 
 
-def _after_discretisation(method: Callable[[Plan, float], float], plan: Plan, delta: float, tv: float) -> float:
+def _unsampled(plan: AnyPlan) -> TypeGuard[Plan]:
+    return _gaussian(plan) and all(rate == 1.0 for (_, rate), _ in plan)
+
+
+def _after_discretisation(method: Callable[[Any, float], float], plan: AnyPlan, delta: float, tv: float) -> float:
     if tv == 0:
         return float(method(plan, delta))
     return float(min(method(plan, delta - _price(plan, delta, tv)), _ceiling(plan, delta / 2)))
 
 
-def _price(plan: Plan, delta: float, tv: float) -> float:
+def _price(plan: AnyPlan, delta: float, tv: float) -> float:
     """What the discretisation of the noise takes off delta."""
     # Any valid epsilon at delta / 2 bounds the answer from above, so e^eps can be bounded before it is known.
     ceiling = _ceiling(plan, delta / 2) if tv else 0.0
@@ -230,7 +252,9 @@ def _price(plan: Plan, delta: float, tv: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _pld_epsilon(plan: Plan, delta: float, grid: float = GRID) -> float:
+def _pld_epsilon(plan: AnyPlan, delta: float, grid: float = GRID) -> float:
+    if not _gaussian(plan):  # No privacy loss distribution is known here for a sum of such shares.
+        return _rdp_epsilon(plan, delta)
     if _unsampled(plan):
         return _exact_epsilon(plan, delta)
     # Both are upper bounds; very many tiny releases force the grid to be so coarse that Rényi's is the lower.
@@ -243,14 +267,21 @@ def _bounds(plan: Plan, delta: float) -> Bounds:
 
 
 @lru_cache(maxsize=4096)
-def _whole_order_rdp(phase: Phase, orders: tuple[int, ...]) -> NDArray[np.float64]:
+def _whole_order_rdp(phase: AnyPhase, orders: tuple[int, ...]) -> NDArray[np.float64]:
+    if isinstance(phase, DistributedNoise):
+        return phase.rdp(orders)
     noise, rate = phase
     return discrete_gaussian_rdp(orders, noise_multiplier=noise, sampling_rate=rate)
 
 
-def _ceiling(plan: Plan, delta: float) -> float:
+def _whole_order_sum(plan: AnyPlan, orders: tuple[int, ...]) -> NDArray[np.float64]:
+    total: NDArray[np.float64] = np.sum([count * _whole_order_rdp(phase, orders) for phase, count in plan], axis=0)
+    return total
+
+
+def _ceiling(plan: AnyPlan, delta: float) -> float:
     """A rough bound in no time: Rényi DP at whole orders alone."""
-    total = np.sum([count * _whole_order_rdp(phase, WHOLE_ORDERS) for phase, count in plan], axis=0)
+    total = _whole_order_sum(plan, WHOLE_ORDERS)
     return min(rdp_to_epsilon(order, float(rdp), delta) for order, rdp in zip(WHOLE_ORDERS, total, strict=True))
 
 
@@ -268,9 +299,11 @@ def _fractional_rdp(phase: Phase) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _rdp_epsilon(plan: Plan, delta: float) -> float:
+def _rdp_epsilon(plan: AnyPlan, delta: float) -> float:
     from dp_accounting.rdp import rdp_privacy_accountant
 
+    if not _gaussian(plan):  # The theorems on shares of noise hold at whole orders.
+        return float(rdp_privacy_accountant.compute_epsilon(ORDERS, _whole_order_sum(plan, ORDERS), delta)[0])
     orders = _fractional_rdp(plan[0][0])[0]
     total = sum(count * _fractional_rdp(phase)[1] for phase, count in plan)
     # The library's grid ends at order 63 before it leaps to 128; ours has what is between.

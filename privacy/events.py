@@ -13,6 +13,9 @@ with a key that we do not know may have been charged for something that we canno
 
 Everything else is refused: add-or-remove has no meaning for samples of fixed size, shuffled batches are not amplified
 (Chua et al. 2024, arXiv:2403.17673), and no accountant here speaks for Poisson sampling under replace-one.
+
+A secure sum under distributed noise (`DistributedEvent`) is priced under `zero_out` alone and without sampling: one
+client contributes zero, and who takes part is public.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from privacy.errors import UnsupportedEvent
 
+if TYPE_CHECKING:
+    from privacy.distributed import DistributedNoise, Mechanism
+
 ADD_OR_REMOVE_ONE = "add_or_remove_one"
 REPLACE_ONE = "replace_one"
+ZERO_OUT = "zero_out"
 UNIT_RECORD = "record"
 UNIT_CLIENT = "client"
 UNITS = (UNIT_RECORD, UNIT_CLIENT)
@@ -87,9 +94,7 @@ class GaussianEvent:
             self.noise_multiplier,
         )
         require(scheme != "none" or rate == 1, "sampling.rate", "1 where nothing is sampled", rate)
-        require(
-            is_whole(self.count) and self.count <= MOST_RELEASES, "count", "a whole number in [1, 2^40]", self.count
-        )
+        _check_count(self.count)
         bit = self.quantile_noise
         require(
             bit is None or (is_number(bit) and 2 * bit > self.noise_multiplier),
@@ -176,13 +181,85 @@ class CorrelatedEvent:
         }
 
 
-Event = GaussianEvent | CorrelatedEvent
+@dataclass(frozen=True, kw_only=True)
+class DistributedEvent:
+    """`count` secure sums of clients' updates, each with the shares of the noise of `clients` honest survivors.
+
+    Unit: one client. Adjacency: zero-out, one client's update becomes zero in every sum and its shares of the noise
+    stay: who takes part is public, so nothing is sampled. `clients` is how many shares were *planned* to be in the sum
+    and unknown to the adversary: a round with fewer shows no sum. The other fields are those of `DistributedNoise` in
+    `privacy.distributed`, which derives sensitivity, noise and cost, and refuses what it cannot price.
+    """
+
+    mechanism: Mechanism
+    clients: int
+    dimension: int
+    clip_norm: float
+    granularity: float
+    local_scale: float
+    beta: float
+    count: int
+    rng: str
+
+    def __post_init__(self) -> None:
+        self.noise()
+        _check_rng(self.rng)
+        _check_count(self.count)
+
+    def noise(self) -> DistributedNoise:
+        """What one of the sums costs. Raises `UnsupportedEvent` for values out of range."""
+        # Imported late: it takes its checks from this module.
+        from privacy.distributed import DistributedNoise
+
+        return DistributedNoise(
+            mechanism=self.mechanism,
+            clients=self.clients,
+            dimension=self.dimension,
+            clip_norm=self.clip_norm,
+            granularity=self.granularity,
+            local_scale=self.local_scale,
+            beta=self.beta,
+        )
+
+    @property
+    def unit(self) -> str:
+        """A client, always."""
+        return UNIT_CLIENT
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise of a whole sum over the norm that an update may have after rounding."""
+        return self.noise().noise_multiplier
+
+    @property
+    def discretisation_tv(self) -> float:
+        """The samplers' own 2^-128 for each coordinate of each share; that the noise is integers is priced in full."""
+        return 2.0**-128 * self.clients * self.dimension * self.count
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "mechanism": _DISTRIBUTED + self.mechanism,
+            "unit": self.unit,
+            "adjacency": ZERO_OUT,
+            "clients": self.clients,
+            "dimension": self.dimension,
+            "clip_norm": self.clip_norm,
+            "granularity": self.granularity,
+            "local_scale": self.local_scale,
+            "beta": self.beta,
+            "count": self.count,
+            "rng": self.rng,
+        }
+
+
+Event = GaussianEvent | CorrelatedEvent | DistributedEvent
+_DISTRIBUTED = "distributed_"
 
 
 def event_from_dict(record: Mapping[str, Any]) -> Event:
     """Read an event's dictionary form. Raises `UnsupportedEvent` on any key, scheme or value not known here."""
     try:
-        event = _correlated(record) if record["mechanism"] == "correlated_gaussian" else _gaussian(record)
+        event = _read(record)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnsupportedEvent(f"an event is malformed: {type(error).__name__} at {error}") from None
     # The round trip refuses every other mechanism, adjacency, sampling scheme and unknown key in one place.
@@ -196,8 +273,8 @@ def of_unit(release: Sequence[Event], unit: str) -> list[Event]:
 
     Where records were noised first, the client-level noise behind them costs the records nothing: post-processing.
     Where they were not, changing one record replaces its client's whole contribution, so the client-level events
-    count, under replace-one. A record-level release bounds no client: `UnsupportedEvent`, as for a sampled or
-    correlated client-level release asked for its records.
+    count, under replace-one. A record-level release bounds no client: `UnsupportedEvent`, as for a sampled, correlated
+    or distributed client-level release asked for its records.
     """
     own = [event for event in release if event.unit == unit]
     if own or not release:
@@ -211,13 +288,24 @@ def repeated(event: Event, times: int) -> list[Event]:
     """`event` so many `times`, as few events as say it."""
     if isinstance(event, CorrelatedEvent) or times < 1:
         return [event] * times
+    if isinstance(event, DistributedEvent):
+        return [replace(event, count=event.count * times)]
     return [replace(event, count=event.count * times, discretisation_tv=event.discretisation_tv * times)]
 
 
 def _for_a_record(event: Event) -> Event:
-    if isinstance(event, CorrelatedEvent) or event.sampling_rate != 1:
-        raise UnsupportedEvent("a sampled or correlated client-level release states no record-level epsilon here")
+    if not isinstance(event, GaussianEvent) or event.sampling_rate != 1:
+        raise UnsupportedEvent(
+            "a sampled, correlated or distributed client-level release states no record-level epsilon here"
+        )
     return replace(event, unit=UNIT_RECORD, adjacency=REPLACE_ONE, scheme="none")
+
+
+def _read(record: Mapping[str, Any]) -> Event:
+    mechanism = record["mechanism"]
+    if mechanism == "correlated_gaussian":
+        return _correlated(record)
+    return _distributed(record) if str(mechanism).startswith(_DISTRIBUTED) else _gaussian(record)
 
 
 def _gaussian(record: Mapping[str, Any]) -> GaussianEvent:
@@ -253,6 +341,20 @@ def _correlated(record: Mapping[str, Any]) -> CorrelatedEvent:
     )
 
 
+def _distributed(record: Mapping[str, Any]) -> DistributedEvent:
+    return DistributedEvent(
+        mechanism=record["mechanism"].removeprefix(_DISTRIBUTED),
+        clients=record["clients"],
+        dimension=record["dimension"],
+        clip_norm=record["clip_norm"],
+        granularity=record["granularity"],
+        local_scale=record["local_scale"],
+        beta=record["beta"],
+        count=record["count"],
+        rng=record["rng"],
+    )
+
+
 def _differing_keys(known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     differing = [key for key in {**known, **given} if key not in known or known[key] != given.get(key)]
     return ", ".join(f"{key} = {given.get(key)!r}" for key in differing)
@@ -262,8 +364,16 @@ def _check_common(unit: str, noise: float, clip_norm: float, rng: str, tv: float
     require(unit in UNITS, "unit", " or ".join(UNITS), unit)
     require(is_number(noise) and LEAST_NOISE <= noise <= MOST_NOISE, "noise_multiplier", "in [1/16, 2^20]", noise)
     require(is_number(clip_norm) and clip_norm > 0, "clip_norm", "a finite number > 0", clip_norm)
-    require(rng in ("os", "seeded-simulation"), "rng", "os or seeded-simulation", rng)
+    _check_rng(rng)
     require(is_number(tv) and 0 <= tv < 1, "discretisation_tv", "0 <= tv < 1", tv)
+
+
+def _check_rng(rng: str) -> None:
+    require(rng in ("os", "seeded-simulation"), "rng", "os or seeded-simulation", rng)
+
+
+def _check_count(count: int) -> None:
+    require(is_whole(count) and count <= MOST_RELEASES, "count", "a whole number in [1, 2^40]", count)
 
 
 def is_number(value: object) -> bool:

@@ -124,5 +124,6 @@ def clip_in_place(update: NDArray[np.float32], clip_norm: float) -> bool:
         update[:] = 0.0
         return False
     if norm > clip_norm:
-        update *= np.float32(clip_norm / norm * _MARGIN)
+        # In float64: next to the largest float32 the factor itself would be subnormal, and short of digits.
+        np.multiply(update, clip_norm / norm * _MARGIN, out=update, dtype=np.float64, casting="same_kind")
     return norm <= clip_norm

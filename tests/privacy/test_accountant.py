@@ -22,8 +22,9 @@ from privacy.accountant import (
     rdp_at,
     rdp_to_epsilon,
 )
+from privacy.distributed import Mechanism
 from privacy.errors import UnsupportedEvent
-from privacy.events import CorrelatedEvent, GaussianEvent, Scheme
+from privacy.events import CorrelatedEvent, DistributedEvent, Event, GaussianEvent, Scheme
 from privacy.prv import Bounds
 
 History = list[tuple[float, float, int]]
@@ -442,6 +443,89 @@ class TestCorrelatedNoise:
         )
         with pytest.raises(UnsupportedEvent):
             epsilon_pld([rising], 1e-5)
+
+
+def secure(mechanism: Mechanism = "discrete_gaussian", **fields: Any) -> DistributedEvent:
+    some: dict[str, Any] = {"clients": 100, "dimension": 65536, "clip_norm": 1.0, "granularity": 1.5e-4}
+    some |= {"local_scale": 0.1158, "beta": math.exp(-0.5), "count": 1, "rng": "os"}
+    return DistributedEvent(mechanism=mechanism, **{**some, **fields})
+
+
+class TestDistributedNoise:
+    # n, d, granularity, local scale, then epsilon at 1e-5 with discrete Gaussian and with Skellam shares: as
+    # google-research's federated/distributed_dp gave them (clip norm 1, one round); the second from its formulas.
+    @pytest.mark.parametrize(
+        ("n", "d", "granularity", "scale", "gaussian", "skellam"),
+        [
+            (100, 65536, 1.5e-4, 0.1158, 4.0003, 4.0003),
+            (20, 4096, 0.5, 0.3, 2673.2949, 203.7204),
+            (20, 4096, 0.2, 0.2, 64.6923, 70.5354),
+        ],
+    )
+    def test_costs_what_the_reference_says(
+        self, n: int, d: int, granularity: float, scale: float, gaussian: float, skellam: float
+    ) -> None:
+        fields = {"clients": n, "dimension": d, "granularity": granularity, "local_scale": scale}
+        for mechanism, expected in (("discrete_gaussian", gaussian), ("skellam", skellam)):
+            told = secure(mechanism, **fields)  # type: ignore[arg-type]
+            if expected > 60:  # So large that no delta would pay for the samplers: e^epsilon 2^-128.
+                with pytest.raises(UnsupportedEvent, match="delta"):
+                    epsilon([told], 1e-5)
+            else:
+                assert epsilon([told], 1e-5).rdp == pytest.approx(expected, abs=6e-5)
+            assert told.noise().epsilon(1e-5) == pytest.approx(expected, abs=6e-5)
+
+    @settings(max_examples=30, deadline=None)
+    @given(
+        mechanism=st.sampled_from(["discrete_gaussian", "skellam"]),
+        scale=st.floats(0.2, 2.0),
+        granularity=st.floats(1e-4, 0.02),
+        count=st.integers(1, 20),
+        delta=st.sampled_from([1e-4, 1e-6, 1e-9]),
+    )
+    def test_costs_what_the_noise_itself_says_with_one_figure_for_all_methods(
+        self, mechanism: Mechanism, scale: float, granularity: float, count: int, delta: float
+    ) -> None:
+        told = secure(mechanism, granularity=granularity, local_scale=scale, dimension=1024, count=count)
+        ours = epsilon([told], delta)
+        assert ours.rdp == pytest.approx(told.noise().epsilon(delta, count=count), rel=1e-9, abs=1e-9)
+        assert ours.pld == ours.rdp == epsilon_pld([told], delta)
+        assert ours.exact is None
+        assert bounds([told], delta) is None
+
+    def test_composes_with_gaussians_by_renyi_divergence(self) -> None:
+        # Without a price of the integers, 100 shares at z are one Gaussian at z: at whole orders they add up alike.
+        sums, sampled = secure(count=3), event(2.0, 0.01, 50)
+        together: list[Event] = [event(5.0, count=4), sums, sampled]
+        by_hand = min(
+            rdp_to_epsilon(a, rdp_at([sums], a) + rdp_at([event(5.0, count=4), sampled], a), 1e-5)
+            for a in range(2, 129)
+        )
+        spent = epsilon(together, 1e-5)
+        assert spent.pld == spent.rdp == pytest.approx(by_hand, rel=1e-9)
+        assert spent.exact is None
+        assert bounds(together, 1e-5) is None
+        assert epsilon_pld([sums], 1e-5) < spent.pld
+        for order in itertools.permutations(together):
+            assert epsilon(order, 1e-5) == spent
+        as_gaussian = event(sums.noise_multiplier, count=3)
+        assert epsilon([event(5.0, count=4), as_gaussian, sampled], 1e-5).rdp == pytest.approx(spent.rdp, rel=2e-3)
+
+    def test_an_event_of_many_sums_is_as_many_events_and_two_kinds_add_up(self) -> None:
+        assert epsilon([secure(count=7)], 1e-5) == epsilon([secure()] * 7, 1e-5)
+        mixed: list[Event] = [secure("skellam"), secure(), secure(clients=50)]
+        assert rdp_at(mixed, 8) == pytest.approx(sum(rdp_at([one], 8) for one in mixed), rel=1e-12)
+        assert rdp_at([secure()], 8) == pytest.approx(8 / (2 * secure().noise_multiplier ** 2), rel=1e-9)
+        assert epsilon(mixed, 1e-5) == epsilon(mixed[::-1], 1e-5)
+
+    def test_what_the_samplers_cut_off_is_paid_for_where_it_matters(self) -> None:
+        # 2^-128 times 100 shares of 65536 coordinates is 1.9e-32, twice and e^epsilon times.
+        told = secure(local_scale=1.0)
+        free, paid = told.noise().epsilon(2e-31), epsilon_pld([told], 2e-31)
+        assert paid > free + 0.001
+        assert paid == pytest.approx(told.noise().epsilon(2e-31 - (1 + math.exp(paid)) * 1.926e-32), abs=1e-4)
+        with pytest.raises(UnsupportedEvent, match="delta 1e-31"):
+            epsilon_pld([told], 1e-31)
 
 
 class TestRenyi:

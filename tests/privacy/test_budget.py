@@ -18,7 +18,16 @@ import privacy
 from privacy.accountant import epsilon_pld, rdp_at, rdp_to_epsilon
 from privacy.budget import Accounts, Filter, JobAccount, LedgerAccounts, Limit, SiteBudget, charged
 from privacy.errors import BudgetExceeded, FedchorusError, LedgerError, UnsupportedEvent
-from privacy.events import UNIT_CLIENT, UNIT_RECORD, UNITS, CorrelatedEvent, Event, GaussianEvent, repeated
+from privacy.events import (
+    UNIT_CLIENT,
+    UNIT_RECORD,
+    UNITS,
+    CorrelatedEvent,
+    DistributedEvent,
+    Event,
+    GaussianEvent,
+    repeated,
+)
 from privacy.keys import IdentityKey
 from privacy.ledger import Entry, Ledger, read_ledger
 
@@ -39,6 +48,17 @@ CORRELATED = CorrelatedEvent(
     participations=1,
     separation=3,
     dimension=10,
+    rng="os",
+)
+SECURE = DistributedEvent(
+    mechanism="discrete_gaussian",
+    clients=14,
+    dimension=4096,
+    clip_norm=1.0,
+    granularity=0.001,
+    local_scale=3.0,
+    beta=0.5,
+    count=1,
     rng="os",
 )
 
@@ -406,6 +426,23 @@ class TestSpending:
         assert accounts.spent(UNIT_RECORD) == [COSTLIER]
         assert accounts.epsilon(UNIT_RECORD, DELTA) == epsilon_pld([COSTLIER], DELTA)
         assert accounts.breach("reserve", body) == "reserves a round of a job that was never planned"
+
+    def test_rounds_under_distributed_noise_are_planned_up_to_the_budget_of_clients_and_charged_one_by_one(
+        self, holder: Holder
+    ) -> None:
+        budget, cost = holder.start(), epsilon_pld(repeated(SECURE, 3), DELTA)
+        allow(budget, cost, unit=UNIT_CLIENT)
+        with pytest.raises(BudgetExceeded, match="at most 3 rounds fit"):
+            plan(budget, events=[SECURE], rounds=4)
+        plan(budget, events=[SECURE], rounds=3)
+        for round_number in (1, 2):
+            spend(budget, round_number)
+        accounts = holder.start().accounts()
+        assert accounts.spent(UNIT_CLIENT) == repeated(SECURE, 2)
+        assert accounts.epsilon(UNIT_CLIENT, DELTA, spent_only=True) == epsilon_pld(repeated(SECURE, 2), DELTA) < cost
+        assert accounts.epsilon(UNIT_CLIENT, DELTA) == cost
+        # Nobody says what they cost one record.
+        assert accounts.epsilon(UNIT_RECORD, DELTA) == math.inf
 
     def test_a_training_with_correlated_noise_is_one_reservation_with_a_commit_a_round(self, holder: Holder) -> None:
         budget = holder.start()

@@ -21,6 +21,7 @@ from privacy.events import (
     UNIT_RECORD,
     UNITS,
     CorrelatedEvent,
+    DistributedEvent,
     Event,
     GaussianEvent,
     event_from_dict,
@@ -70,6 +71,30 @@ CORRELATED = CorrelatedEvent(
 )
 BUFFERED_FORM = {**CORRELATED_FORM, "matrix": {"weights": [0.25, 0.5], "decays": [0.5, 0.75]}}
 BUFFERED = replace(CORRELATED, coefficients=(), weights=(0.25, 0.5), decays=(0.5, 0.75))
+DISTRIBUTED_FORM: dict[str, Any] = {
+    "mechanism": "distributed_skellam",
+    "unit": "client",
+    "adjacency": "zero_out",
+    "clients": 14,
+    "dimension": 4096,
+    "clip_norm": 0.5,
+    "granularity": 0.001,
+    "local_scale": 0.125,
+    "beta": 0.25,
+    "count": 20,
+    "rng": "os",
+}
+DISTRIBUTED = DistributedEvent(
+    mechanism="skellam",
+    clients=14,
+    dimension=4096,
+    clip_norm=0.5,
+    granularity=0.001,
+    local_scale=0.125,
+    beta=0.25,
+    count=20,
+    rng="os",
+)
 
 common: dict[str, Any] = {
     "unit": st.sampled_from(UNITS),
@@ -110,7 +135,26 @@ correlated_events = st.builds(
     dimension=st.integers(1, 2**60),
     **common,
 )
-events = gaussian_events() | correlated_events
+
+
+@st.composite
+def distributed_events(draw: st.DrawFn) -> DistributedEvent:
+    clip_norm = draw(st.floats(2.0**-100, 2.0**100))
+    granularity = clip_norm * draw(st.floats(2.0**-39, 2.0**39))
+    return DistributedEvent(
+        mechanism=draw(st.sampled_from(["discrete_gaussian", "skellam"])),
+        clients=draw(st.integers(1, 2**20)),
+        dimension=draw(st.integers(1, 2**40)),
+        clip_norm=clip_norm,
+        granularity=granularity,
+        local_scale=granularity * draw(st.floats(0.51, 2.0**39)),
+        beta=draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
+        count=draw(st.integers(1, 2**40)),
+        rng=draw(common["rng"]),
+    )
+
+
+events = gaussian_events() | correlated_events | distributed_events()
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
@@ -120,6 +164,7 @@ PLACES = [
     *[(FORM, key) for key in [*FORM, "sampling.scheme", "sampling.rate"]],
     *[(CORRELATED_FORM, key) for key in [*CORRELATED_FORM, "matrix.coefficients"]],
     *[(BUFFERED_FORM, key) for key in ["matrix.weights", "matrix.decays"]],
+    *[(DISTRIBUTED_FORM, key) for key in DISTRIBUTED_FORM],
 ]
 PLACE_NAMES = [f"{form['mechanism']}-{key}" for form, key in PLACES]
 
@@ -146,6 +191,11 @@ def test_the_written_form_never_changes() -> None:
         (EVENT, FORM),
         (CORRELATED, CORRELATED_FORM),
         (BUFFERED, BUFFERED_FORM),
+        (DISTRIBUTED, DISTRIBUTED_FORM),
+        (
+            replace(DISTRIBUTED, mechanism="discrete_gaussian"),
+            {**DISTRIBUTED_FORM, "mechanism": "distributed_discrete_gaussian"},
+        ),
     ]
     for event, form in written:
         assert event.as_dict() == form
@@ -157,6 +207,8 @@ def test_the_written_form_never_changes() -> None:
 @given(place=st.sampled_from(PLACES), value=json_values)
 @example(place=(CORRELATED_FORM, "matrix"), value=[])
 @example(place=(CORRELATED_FORM, "matrix"), value="coefficients")
+@example(place=(DISTRIBUTED_FORM, "mechanism"), value=["distributed_skellam"])
+@example(place=(DISTRIBUTED_FORM, "granularity"), value=10**308)
 def test_whatever_is_put_in_the_place_of_a_value_is_either_read_as_it_stands_or_refused(
     place: tuple[dict[str, Any], str], value: object
 ) -> None:
@@ -166,7 +218,7 @@ def test_whatever_is_put_in_the_place_of_a_value_is_either_read_as_it_stands_or_
     except UnsupportedEvent:
         return
     assert event.as_dict() == form
-    inner = form.get("sampling") or form["matrix"]
+    inner = form.get("sampling") or form.get("matrix") or {}
     parts = [*form.values(), *inner.values()]
     assert not any(isinstance(part, bool) for part in parts)
 
@@ -191,6 +243,7 @@ def test_a_missing_key_is_refused(form: dict[str, Any], key: str) -> None:
     [
         *[(FORM, key) for key in ("centre", "sensitivity", "sampling.seed", "sampling.replacement", "version")],
         *[(CORRELATED_FORM, key) for key in ("sensitivity", "sampling", "count", "matrix.decays", "matrix.inverse")],
+        *[(DISTRIBUTED_FORM, key) for key in ("sensitivity", "sampling", "noise_multiplier", "discretisation_tv")],
     ],
 )
 @pytest.mark.parametrize("value", [None, False, 0, "", 1.0])
@@ -289,6 +342,18 @@ REFUSED_CORRELATED: list[tuple[str, Any]] = [
     ("matrix", {"coefficients": [1.0], "weights": [0.5], "decays": [0.5]}),
     ("matrix", {"coefficients": [], "weights": [0.5], "decays": [0.5]}),
 ]
+REFUSED_DISTRIBUTED: list[tuple[str, Any]] = [
+    *[(key, value) for key, value in REFUSED if key in ("rng", "count") or (key == "clip_norm" and value)],
+    *[("mechanism", f"distributed_{value}") for value in ("", "gaussian", "laplace", "Skellam", "distributed_skellam")],
+    *[("mechanism", value) for value in ("skellam", "discrete_gaussian", "gaussian", "correlated_gaussian", None, 1)],
+    *[("unit", value) for value in ("record", "user", None)],
+    *[("adjacency", value) for value in (ADD_OR_REMOVE_ONE, REPLACE_ONE, None, "")],
+    *[(key, value) for key in ("clients", "dimension") for value in (0, -1, 14.0, True, None, "14", 2**41)],
+    *[(key, value) for key in ("granularity", "local_scale") for value in (0, -1.0, 1e99, math.nan, True, None, "1")],
+    *[("granularity", value) for value in (1e-13, 2.0)],
+    *[("local_scale", value) for value in (9e-5, 2e9)],
+    *[("beta", value) for value in (0, 1, -0.5, math.nan, True, None, "0.5")],
+]
 
 
 def names(cases: list[tuple[str, Any]]) -> list[str]:
@@ -305,6 +370,20 @@ def test_a_value_that_means_something_else_or_nothing_is_refused(key: str, value
 def test_so_is_one_of_a_training_with_correlated_noise(key: str, value: object) -> None:
     with pytest.raises(UnsupportedEvent):
         event_from_dict(changed(key, value, CORRELATED_FORM))
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED_DISTRIBUTED, ids=names(REFUSED_DISTRIBUTED))
+def test_and_one_of_a_sum_under_distributed_noise(key: str, value: object) -> None:
+    with pytest.raises(UnsupportedEvent):
+        event_from_dict(changed(key, value, DISTRIBUTED_FORM))
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, v in REFUSED_DISTRIBUTED if k not in ("unit", "adjacency")])
+def test_which_cannot_be_made_either(key: str, value: Any) -> None:
+    if key == "mechanism" and value in ("skellam", "discrete_gaussian"):
+        return  # What the form calls distributed_...
+    with pytest.raises(UnsupportedEvent, match=f"event: {key}|event: (local_scale|granularity) must be"):
+        replace(DISTRIBUTED, **{key: value})
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "shuffle", "truncated_poisson", "balls_in_bins"])
@@ -443,11 +522,15 @@ class TestUnits:
         with pytest.raises(UnsupportedEvent, match="bounds nothing at the level of a client"):
             of_unit([self.record], UNIT_CLIENT)
 
-    @pytest.mark.parametrize("event", [replace(client, sampling_rate=0.5), CORRELATED])
-    def test_records_are_not_bounded_by_sampled_or_correlated_noise_for_clients(self, event: Event) -> None:
+    @pytest.mark.parametrize("event", [replace(client, sampling_rate=0.5), CORRELATED, DISTRIBUTED])
+    def test_records_are_not_bounded_by_sampled_correlated_or_distributed_noise_for_clients(self, event: Event) -> None:
         assert of_unit([event], UNIT_CLIENT) == [event]
         with pytest.raises(UnsupportedEvent, match="states no record-level epsilon"):
             of_unit([event], UNIT_RECORD)
+
+    def test_records_that_were_noised_first_pay_nothing_for_a_secure_sum_of_what_they_gave(self) -> None:
+        assert of_unit([self.record, DISTRIBUTED], UNIT_RECORD) == [self.record]
+        assert of_unit([self.record, DISTRIBUTED], UNIT_CLIENT) == [DISTRIBUTED]
 
     @pytest.mark.parametrize("unit", UNITS)
     def test_nothing_released_costs_nobody_anything(self, unit: str) -> None:
@@ -462,6 +545,19 @@ def test_an_event_repeated_says_in_one_what_its_copies_say(event: GaussianEvent,
     assert together.count == times * event.count
     assert together.discretisation_tv == pytest.approx(times * event.discretisation_tv)
     assert replace(together, count=event.count, discretisation_tv=event.discretisation_tv) == event
+
+
+@pytest.mark.parametrize("times", [1, 2, 1000])
+def test_secure_sums_repeated_are_so_many_sums(times: int) -> None:
+    assert repeated(DISTRIBUTED, times) == [replace(DISTRIBUTED, count=20 * times)]
+    assert repeated(DISTRIBUTED, 0) == []
+
+
+def test_the_noise_of_a_secure_sum_is_that_of_all_shares_against_the_norm_after_rounding() -> None:
+    # Worked out by hand: sqrt(14) * 125 steps against sqrt(500^2 + 4096 / 4 + sqrt(2 log 4) (500 + 64 / 2)).
+    rounded = math.sqrt(500**2 + 1024 + math.sqrt(2 * math.log(4)) * 532)
+    assert DISTRIBUTED.noise_multiplier == pytest.approx(math.sqrt(14) * 125 / rounded, rel=1e-12)
+    assert DISTRIBUTED.discretisation_tv == 14 * 4096 * 20 * 2.0**-128
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])
