@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 SHELL  := /bin/bash
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check slow bench format lint types layers clean
+.PHONY: help env demo test check slow mutants bench format lint types layers clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: env        ## the default test suite
 
 slow: env        ## the tests that take minutes
 	@$(BIN)/python -m pytest -m slow
+
+mutants: env     ## break the secure sum in fifty ways and see that its tests notice
+	@$(BIN)/python tests/privacy/secagg/mutants.py
 
 bench: env       ## every benchmark, both sides in one run
 	@for b in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(BIN)/python $$b || exit 1; done

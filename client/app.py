@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from strategies.messages import Ask, MalformedMessage, Refusal, Reply, header, parse_ask
+from strategies.messages import Answer, MalformedMessage, Request, Words, flat_array, header, parse_request
 from strategies.parameters import Vector
 
 
@@ -17,7 +16,7 @@ class Client(Protocol):
     @property
     def name(self) -> str: ...
 
-    def handle(self, ask: Ask) -> Reply | Refusal: ...
+    def handle(self, request: Request) -> Answer: ...
 
 
 def make_client_app(open_client: Callable[[Context], Client]) -> ClientApp:
@@ -32,21 +31,21 @@ def make_client_app(open_client: Callable[[Context], Client]) -> ClientApp:
         site = ConfigRecord({"name": open_client(context).name})
         return Message(RecordDict({"site": site}), reply_to=message)
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        text, model = _unpack(message.content)
-        answer = open_client(context).handle(parse_ask(text, model))
-        vector = answer.contribution if isinstance(answer, Reply) else np.zeros(0, dtype=np.float32)
-        return Message(_pack(header(answer), vector), reply_to=message)
+    def answer(message: Message, context: Context) -> Message:
+        answer = open_client(context).handle(parse_request(*_unpack(message.content)))
+        return Message(_pack(answer), reply_to=message)
 
+    app.train()(answer)
+    app.query("step")(answer)
     return app
 
 
-def _pack(text: str, vector: Vector) -> RecordDict:
-    return RecordDict({"header": ConfigRecord({"json": text}), "vector": ArrayRecord({"flat": Array(vector)})})
+def _pack(answer: Answer) -> RecordDict:
+    array = ArrayRecord({"flat": Array(flat_array(answer))})
+    return RecordDict({"header": ConfigRecord({"json": header(answer)}), "vector": array})
 
 
-def _unpack(content: RecordDict) -> tuple[str, Vector]:
+def _unpack(content: RecordDict) -> tuple[str, Vector | Words]:
     """Raises `MalformedMessage` when the content is not what `_pack` makes."""
     try:
         text, vector = content["header"]["json"], content["vector"]["flat"].numpy()

@@ -22,6 +22,7 @@ import numpy as np
 from privacy.budget import SiteBudget
 from privacy.durable import write_atomically
 from privacy.errors import BudgetExceeded, FedchorusError
+from privacy.ledger import Entry, Head
 from privacy.mechanism import GaussianSum, clip_in_place
 from privacy.noise import NoiseSource
 from strategies.messages import Ask, MalformedMessage, Refusal, Reply, check_ask
@@ -108,25 +109,41 @@ class Gate:
         Raises `MalformedMessage` for a request that is not what this site approved, and `TrainingDiverged` when the
         contribution is not finite. A spent budget gives a `Refusal`, before any data are touched.
         """
-        check_ask(ask, job=self.job, parameters=self.layout.parameters)
-        if self.account is None:
-            return Reply(self.site, self.job, ask.round_number, self._checked(train(), ask), None)
-        budget, outbox = self.account.budget, self.account.outbox
-        sent = budget.committed(job=self.job, round_number=ask.round_number, model=ask.model_hash)
-        if sent is not None and (again := outbox.get(sent)) is not None:
-            return Reply(self.site, self.job, ask.round_number, again, budget.ledger.head)
+        self.check(ask)
+        if (account := self.account) is not None:
+            sent = account.budget.committed(job=self.job, round_number=ask.round_number, model=ask.model_hash)
+            if sent is not None and (again := account.outbox.get(sent)) is not None:
+                return Reply(self.site, self.job, ask.round_number, again, account.budget.ledger.head)
         try:
-            reservation = budget.reserve(
-                job=self.job, round_number=ask.round_number, model=ask.model_hash, witness=ask.witness
-            )
+            reservation = self.reserve(ask)
         except BudgetExceeded:
             return Refusal(self.site, self.job, ask.round_number)
-        contribution = self._checked(train(), ask)
-        outbox.put(contribution)
-        head = budget.commit(reservation, output=vector_hash(contribution))
+        contribution = self.checked(train(), ask)
+        if account is not None:
+            account.outbox.put(contribution)
+        head = self.commit(reservation, vector_hash(contribution))
         return Reply(self.site, self.job, ask.round_number, contribution, head)
 
-    def _checked(self, contribution: Vector, ask: Ask) -> Vector:
+    def check(self, ask: Ask) -> None:
+        """Raise `MalformedMessage` for a request to train that this site has not approved."""
+        check_ask(ask, job=self.job, parameters=self.layout.parameters)
+
+    def reserve(self, ask: Ask) -> Entry | None:
+        """Charge the round before any data are touched. Raises `BudgetExceeded`."""
+        if self.account is None:
+            return None
+        return self.account.budget.reserve(
+            job=self.job, round_number=ask.round_number, model=ask.model_hash, witness=ask.witness
+        )
+
+    def commit(self, reservation: Entry | None, output: str) -> Head | None:
+        """Write the hash of what leaves into the ledger, before it does; the ledger's newest head."""
+        if self.account is None or reservation is None:
+            return None
+        return self.account.budget.commit(reservation, output=output)
+
+    def checked(self, contribution: Vector, ask: Ask) -> Vector:
+        """Bound `contribution` in place. Raises `TrainingDiverged` if it is not finite."""
         assert contribution.shape == (self.layout.size,)
         if self.guard is not None:
             self.guard.apply(contribution, ask)

@@ -12,20 +12,25 @@ import numpy as np
 
 from client.data import Records
 from client.gate import Account, Gate, Guard, Outbox
+from client.secure import SecureGate, Stopwatch
 from client.training import DeviceRecords, Trainer
 from privacy.accountant import noise_multiplier_for
 from privacy.budget import Accounts, JobAccount, Limit, SiteBudget
 from privacy.dpsgd import RecordLevelSgd
 from privacy.errors import JobError
-from privacy.events import UNIT_CLIENT, UNIT_RECORD, GaussianEvent
+from privacy.events import UNIT_CLIENT, UNIT_RECORD, Event
 from privacy.keys import IdentityKey
 from privacy.ledger import Ledger
 from privacy.mechanism import GaussianSum
 from privacy.noise import NoiseSource
+from privacy.secagg.client import SecureClient, Store
+from privacy.secagg.journal import Journal
+from privacy.secagg.roster import Roster
 from strategies.job import Job, Protection
-from strategies.messages import Ask, Refusal, Reply
+from strategies.messages import Answer, Ask, MalformedMessage, Request, Step
 from strategies.parameters import Vector
 from strategies.protocol import Strategy
+from strategies.secure import SecureSum
 from strategies.total import BELOW_CLIP, Layout
 
 TRAINING_METRICS = ("loss", "examples")
@@ -33,11 +38,30 @@ TRAINING_METRICS = ("loss", "examples")
 
 @dataclass(frozen=True)
 class Files:
-    """Where one site keeps what it must not lose: its ledger, its identity key, its last contribution."""
+    """Where one site keeps what it must not lose: its ledger, its identity key, its last contribution, the journal of
+    what it released securely; and `session`, the secrets of a secure sum while it lasts."""
 
     ledger: Path
     identity: Path
     outbox: Path
+    journal: Path
+    session: Path
+
+    @classmethod
+    def within(cls, private: Path, *, ledger: Path) -> Files:
+        """All but the ledger in one folder of the site's own."""
+        names = ("identity.pem", "outbox.bin", "journal", "session")
+        return cls(ledger, *(private / name for name in names))
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A site's seat in its job's secure sums: the plan, the participants, where a session's secrets are kept."""
+
+    plan: SecureSum
+    roster: Roster
+    store: Store
+    stopwatch: Stopwatch
 
 
 @dataclass(frozen=True)
@@ -51,7 +75,7 @@ class SitePlan:
     rows: int
     sgd: RecordLevelSgd | None = None
     local: GaussianSum | None = None
-    events: tuple[GaussianEvent, ...] = ()
+    events: tuple[Event, ...] = ()
     limits: tuple[Limit, ...] = ()
     rounds: int = 0
 
@@ -66,18 +90,22 @@ class SitePlan:
         site: str,
         noise_multiplier: float | None = None,
         layers: tuple[int, ...] = (),
+        secure: SecureSum | None = None,
     ) -> SitePlan:
         """Calibrate the noise for a target; refuse a plan that exceeds its budget (`BudgetExceeded`).
 
         `noise_multiplier` is what an earlier call for the same job found for the records: it is checked against the
         budget, not searched for again. `layers` are the sizes of the model's arrays, for clipping each by itself.
+        `secure` is the job's secure sum, whose noise shares the site is charged for.
         Raises `JobError` for a delta that one record of the site could spend on being published.
         """
         record, training = job.privacy.record, job.training
         if not job.privacy.at_sites:
             return cls(rows)
         rounds = training.rounds + max(own.spare_rounds for own in job.privacy.at_sites)
-        events, limits, sgd, local = [], [], None, None
+        events: list[Event] = []
+        limits: list[Limit] = []
+        sgd, local = None, None
         if record is not None:
             if record.delta >= 1 / rows:
                 raise JobError(
@@ -95,6 +123,11 @@ class SitePlan:
             local = _mechanism(client, noise, layers)
             # Who takes part is seen by the server, so nothing is amplified: every round counts in full.
             events.append(local.event(sampling_rate=1.0, count=1, dimension=parameters, rng=rng, unit=UNIT_CLIENT))
+            limits.append(Limit(unit=UNIT_CLIENT, epsilon=client.epsilon, delta=client.delta))
+        if (client := job.privacy.distributed) is not None:
+            assert secure is not None
+            assert secure.distributed is not None
+            events.append(secure.distributed.event(count=1, rng=rng))
             limits.append(Limit(unit=UNIT_CLIENT, epsilon=client.epsilon, delta=client.delta))
         plan = cls(rows, sgd, local, tuple(events), tuple(limits), rounds)
         account = JobAccount(job.hash, job.purpose, rounds, plan.events, None, plan.limits)
@@ -140,24 +173,33 @@ class Site:
         guard_noise: Callable[[int], NoiseSource],
         files: Files | None,
         simulation: bool,
+        seat: Seat | None = None,
     ) -> None:
         self._name = name
         self._job, self._plan, self._strategy, self._trainer = job, plan, strategy, trainer
         self._noise, self._guard_noise = noise, guard_noise
         self._records: DeviceRecords = trainer.place(records)
         self._layout = layout_for(job, trainer.parameters.size)
-        self._files, self._simulation = files, simulation
-        self._gate: Gate | None = None
+        self._files, self._simulation, self._seat = files, simulation, seat
+        self._gate: Gate | SecureGate | None = None
 
     @property
     def name(self) -> str:
         return self._name
 
-    def handle(self, ask: Ask) -> Reply | Refusal:
-        """Train on `ask.model` and answer. The reply's contribution is this call's own memory."""
+    def handle(self, request: Request) -> Answer:
+        """Train on the model that is asked with, and answer. The answer's array is this call's own memory.
+
+        Raises `MalformedMessage` when a job with secure aggregation is asked without it, or the other way round.
+        """
         if self._gate is None:
             self._gate = self._open_gate()
-        return self._gate.pass_through(ask, lambda: self._train(ask))
+        match request, self._gate:
+            case Ask(), Gate():
+                return self._gate.pass_through(request, lambda: self._train(request))
+            case Step(), SecureGate():
+                return self._gate.answer(request, lambda: self._train(_asked(request)))
+        raise MalformedMessage("this site's job has it otherwise: with secure aggregation, or without")
 
     def _train(self, ask: Ask) -> Vector:
         self._trainer.load(ask.model)
@@ -176,7 +218,7 @@ class Site:
             contribution[position] = metrics.get(name, 0.0)
         return contribution
 
-    def _open_gate(self) -> Gate:
+    def _open_gate(self) -> Gate | SecureGate:
         """Open the ledger on first contact: a site that is never asked writes nothing."""
         plan, account, guard = self._plan, None, None
         if plan.events:
@@ -195,7 +237,29 @@ class Site:
         if (client := self._job.privacy.client) is not None:
             fixed = None if client.adaptive_clip is not None else client.clip_norm
             guard = Guard(self._layout, fixed, plan.local, self._guard_noise)
-        return Gate(self._name, self._job.hash, self._layout, account, guard)
+        gate = Gate(self._name, self._job.hash, self._layout, account, guard)
+        return gate if self._seat is None else self._open_seat(gate, self._seat)
+
+    def _open_seat(self, gate: Gate, seat: Seat) -> SecureGate:
+        secure, files = self._job.secure_aggregation, self._files
+        assert secure is not None
+        assert files is not None, "a secure sum needs a key and a journal"
+        member = SecureClient(
+            self._name,
+            identity=IdentityKey.load(files.identity),
+            roster=seat.roster,
+            terms=seat.plan.terms(self._job, seat.roster),
+            journal=Journal(files.journal),
+            store=seat.store,
+            # What is paid for in the ledger may leave as often as it is paid for; what is not, once.
+            per_round=None if self._plan.events else 1 + secure.retries,
+        )
+        return SecureGate(gate, seat.plan, member, self._guard_noise, seat.stopwatch)
+
+
+def _asked(step: Step) -> Ask:
+    assert step.ask is not None
+    return step.ask
 
 
 def training_seed(seed: int, site: str, round_number: int) -> int:

@@ -7,7 +7,9 @@
        run claims and last said as it trained: of records by each site's ledger, of whole clients by the server's where
        the server adds the noise, by each site's where the clients do;
     5. that each update that was counted has a committed reservation in its site's ledger, made for this very job, and
-       each sum that was released one in the server's.
+       each sum that was released one in the server's;
+    6. of secure sums, that all participants signed who they are, and that noise in shares was priced for the fewest
+       honest survivors that the job allows.
 
 Every ledger, a site's or the server's, goes through the same checks. None believes a number that the run wrote down.
 It needs neither torch nor flwr.
@@ -28,9 +30,11 @@ from privacy import claims
 from privacy.accountant import Epsilon, bounds, epsilon
 from privacy.budget import Accounts, JobAccount, charged
 from privacy.errors import BudgetExceeded, FedchorusError, LedgerCorrupt, RunError, UnsupportedEvent
-from privacy.events import UNIT_CLIENT, UNIT_RECORD, UNITS, Event, GaussianEvent
+from privacy.events import UNIT_CLIENT, UNIT_RECORD, UNITS, DistributedEvent, Event, GaussianEvent
 from privacy.ledger import SERVER, SITE_NAME, Entry, Head, digest_of, read_ledger
 from privacy.prv import Bounds
+from privacy.secagg.roster import Roster
+from privacy.secure_claims import check_participants
 
 TOLERANCE = 1e-3  # Of a claimed epsilon: ten times the accountant's grid, far below any figure that matters.
 
@@ -206,9 +210,9 @@ def audit_run(run: Path) -> Audit:
     if job is not None and not _is_private(job):
         audit.report(None, None, "the job had no differential privacy: nothing is bounded")
         return audit
-    wanted = _ledgers_of(job, audit)
     kept = _load_json(run / "roster.json", audit, default={})
     roster, server_key = kept.get("sites"), kept.get("server")
+    wanted = _ledgers_of(job, len(roster) if isinstance(roster, dict) else 0, audit)
     if (
         not isinstance(roster, dict)
         or not all(map(SITE_NAME.fullmatch, roster))
@@ -246,6 +250,8 @@ def audit_run(run: Path) -> Audit:
         _hold_to(audit, site, claims.check_commits, folder.job_hash, site, entries, folder.rounds, ledgers)
     _run_check(audit, None, _check_totals, folder)
     _run_check(audit, None, _check_local_rounds, ledgers, folder)
+    if wanted.secure is not None:
+        _run_check(audit, None, _check_participants, run / "participants.json", roster)
     _hold_to(audit, None, claims.check_keys, {name: key for name, key in keys.items() if key is not None})
     _hold_to(audit, None, claims.check_names, roster, wanted.of_site, summary, rounds, heads)
     _hold_to(audit, None, claims.check_rounds, job, wanted, summary, rounds)
@@ -399,6 +405,11 @@ def _recompute(audit: Audit, site: str, spending: Spending, accounts: Accounts) 
     assert spending.delta is not None
     events = accounts.spent(spending.unit)
     spending.releases = sum(event.count for event in events)
+    if any(isinstance(event, DistributedEvent) for event in events):
+        audit.notice(
+            "where noise came in shares, epsilon is by Rényi DP alone and for zero-out: one client's update becomes "
+            "zero, while who takes part is public"
+        )
     if any(account.filter is not None and account.used for account in accounts.jobs.values()):
         bound = accounts.epsilon(spending.unit, spending.delta, spent_only=True)
         spending.epsilon = Epsilon(spending.delta, bound, bound, None)  # Chosen on the way: Rényi at one order alone.
@@ -516,6 +527,10 @@ def _check_figures(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], fo
         claims.check_figures(audit.report, ledger.site, entries, folder.job_hash, claim)
 
 
+def _check_participants(audit: Audit, path: Path, roster: Record) -> None:
+    check_participants(audit.report, Roster.load(path), roster)
+
+
 def _check_totals(audit: Audit, folder: _Folder) -> None:
     if folder.summary is None:
         return
@@ -548,10 +563,10 @@ def _is_private(job: Record) -> bool:
     return not isinstance(privacy, dict) or any(unit in privacy for unit in UNITS)
 
 
-def _ledgers_of(job: Record | None, audit: Audit) -> claims.Ledgers:
+def _ledgers_of(job: Record | None, sites: int, audit: Audit) -> claims.Ledgers:
     try:
         if job is not None:
-            return claims.ledgers_of(job)
+            return claims.ledgers_of(job, sites)
     except _MALFORMED:
         pass
     # Whatever it was, the ledgers speak for themselves.

@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from privacy.events import ADD_OR_REMOVE_ONE, UNIT_CLIENT, UNIT_RECORD, UNITS
+from privacy.events import ADD_OR_REMOVE_ONE, UNIT_CLIENT, UNIT_RECORD, UNITS, ZERO_OUT
 from privacy.ledger import SERVER, Entry
+from privacy.secure_claims import Record, Report, SecurePromise
 
-Report = Callable[[str | None, int | None, str], None]
-"""Takes a finding: the site, the entry's number, why."""
 
-Record = Mapping[str, Any]
+def _none(event: Record) -> Iterator[str]:
+    return iter(())
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Promise:
     """What a resolved job says of one ledger: of its data set, and of the plan that it must hold.
 
     `events` are those of one round where the ledger is of so many rows (or clients), with the keys that the job fixes:
-    a noise multiplier that was calibrated is not among them.
+    a noise multiplier that was calibrated is not among them. `differences` says what else of an event is not the job's.
     """
 
     dataset: str | None = None
@@ -36,6 +36,7 @@ class Promise:
     rounds: int | None = None
     limits: Sequence[Record] = ()
     events: Callable[[int], list[dict[str, Any]]] = lambda rows: []
+    differences: Callable[[Record], Iterator[str]] = _none
 
     @property
     def units(self) -> frozenset[str]:
@@ -44,35 +45,46 @@ class Promise:
 
 @dataclass(frozen=True)
 class Ledgers:
-    """Whose ledgers a job's privacy is written in, and what it promises of each."""
+    """Whose ledgers a job's privacy is written in, what it promises of each, and of its secure sums if it has any.
+
+    `adjacency` is the records' where both units are protected.
+    """
 
     of_site: Promise | None = None
     of_server: Promise | None = None
+    secure: SecurePromise | None = None
+    adjacency: str = ADD_OR_REMOVE_ONE
 
     @property
     def units(self) -> frozenset[str]:
         return frozenset().union(*(own.units for own in (self.of_site, self.of_server) if own is not None))
 
 
-def ledgers_of(job: Record) -> Ledgers:
-    """Read from a resolved job: records are protected at the sites; whole clients there, or centrally at the server."""
+def ledgers_of(job: Record, sites: int) -> Ledgers:
+    """Read from a resolved job: records are protected at the sites; whole clients there, or centrally at the server.
+
+    `sites` is how many take part: noise in shares, charged at each of them like local noise, depends on it.
+    """
     record, client, rounds = job["privacy"].get("record"), job["privacy"].get("client"), job["training"]["rounds"]
-    central = client if client is not None and client.get("placement", "central") == "central" else None
-    local = client if central is None else None
+    placement = client.get("placement", "central") if client is not None else None
+    central, own = (client, None) if placement == "central" else (None, client)
+    shared = placement == "distributed"
+    secure = SecurePromise(job, sites) if shared or job.get("secure_aggregation") is not None else None
     seeded = job.get("simulation", {}).get("noise", "os") == "seeded"
     every = {"adjacency": ADD_OR_REMOVE_ONE, "rng": "seeded-simulation" if seeded else "os"}
     of_site = of_server = None
     purpose = job.get("purpose", "training")
-    if record or local:
+    if record or own:
         of_site = Promise(
             dataset=job.get("data", {}).get("dataset", "records"),
             purpose=purpose,
-            rounds=rounds + max(own.get("spare_rounds", 0) for own in (record, local) if own),
-            limits=[_limit(unit, own) for unit, own in ((UNIT_RECORD, record), (UNIT_CLIENT, local)) if own],
+            rounds=rounds + max(section.get("spare_rounds", 0) for section in (record, own) if section),
+            limits=[_limit(unit, section) for unit, section in ((UNIT_RECORD, record), (UNIT_CLIENT, own)) if section],
             events=lambda rows: [
                 *([every | _of_records(record, job["training"], rows)] if record else []),
-                *([every | _gaussian(UNIT_CLIENT, local, rate=1.0, count=1)] if local else []),
+                *([every | (secure.event() if shared and secure else _of_local(own))] if own else []),
             ],
+            differences=secure.differences if shared and secure else _none,
         )
     if central:
         correlated = central.get("noise", "independent") != "independent"
@@ -90,7 +102,7 @@ def ledgers_of(job: Record) -> Ledgers:
                 )
             ],
         )
-    return Ledgers(of_site, of_server)
+    return Ledgers(of_site, of_server, secure, ZERO_OUT if shared and not record else ADD_OR_REMOVE_ONE)
 
 
 def _limit(unit: str, section: Record) -> dict[str, Any]:
@@ -99,6 +111,10 @@ def _limit(unit: str, section: Record) -> dict[str, Any]:
 
 def _gaussian(unit: str, own: Record, *, rate: float, count: int) -> dict[str, Any]:
     return {"mechanism": "gaussian", "unit": unit, "sampling": rate, "count": count, "quantile_noise": None, **_of(own)}
+
+
+def _of_local(client: Record) -> dict[str, Any]:
+    return _gaussian(UNIT_CLIENT, client, rate=1.0, count=1)
 
 
 def _of_records(record: Record, training: Record, rows: int) -> dict[str, Any]:
@@ -146,7 +162,7 @@ def check_job(
             if plan.body[key] != getattr(promise, key):
                 report(site, plan.seq, f"plans {key} {plan.body[key]!r}, job.toml says {getattr(promise, key)!r}")
         _check_limits(report, site, plan, promise, opening["rows"])
-        _check_events(report, site, plan, promise.events(opening["rows"]))
+        _check_events(report, site, plan, promise.events(opening["rows"]), promise.differences)
         if site == SERVER and summary is not None and len(summary["sites"]) != opening["rows"]:
             report(site, 0, f"is of {opening['rows']} clients, summary.json names {len(summary['sites'])}")
 
@@ -165,7 +181,13 @@ def _check_limits(report: Report, site: str, plan: Entry, promise: Promise, rows
             report(site, plan.seq, f"delta {limit['delta']:g} is not below 1/{rows}: it allows to publish one outright")
 
 
-def _check_events(report: Report, site: str, plan: Entry, promised: Sequence[Record]) -> None:
+def _check_events(
+    report: Report,
+    site: str,
+    plan: Entry,
+    promised: Sequence[Record],
+    differences: Callable[[Record], Iterator[str]],
+) -> None:
     """Without this a ledger could count on a sampling, a clip norm or an adjacency that the job never asked for."""
     planned = plan.body["events"]
     if plan.body["filter"] is not None or [e["unit"] for e in planned] != [e["unit"] for e in promised]:
@@ -177,6 +199,8 @@ def _check_events(report: Report, site: str, plan: Entry, promised: Sequence[Rec
             if said != value:
                 named = "sampling rate" if key == "sampling" else key
                 report(site, plan.seq, f"plans {named} {said} for a {event['unit']}, job.toml says {value}")
+        for why in differences(event):
+            report(site, plan.seq, why)
 
 
 def check_names(
@@ -229,6 +253,8 @@ def check_rounds(
         report(None, None, f"metrics.jsonl does not hold rounds 1 to {planned}, once each and in order")
     # With central noise an empty cohort is released like any other.
     least = 0 if wanted.of_server is not None else job.get("cohort", {}).get("minimum", 1)
+    if wanted.secure is not None:  # A sum of fewer is never shown: its noise was planned for so many.
+        least = max(least, wanted.secure.least_answers)
     for line in rounds:
         if len(set(line["contributors"])) < len(line["contributors"]):
             report(None, None, f"round {line['round']} counts an update twice")
@@ -349,9 +375,9 @@ def _compare(report: Report, site: str, claim: Record, signed: Record) -> None:
 
 
 def check_statement(report: Report, summary: Record, seeded: bool, wanted: Ledgers) -> None:
-    """The run's own words on its noise, adjacency and units."""
+    """The run's own words on its noise, adjacency, units and secure sums."""
     noise = "seeded-simulation" if seeded else "os"
-    for key, value in {"noise": noise, "adjacency": ADD_OR_REMOVE_ONE}.items():
+    for key, value in {"noise": noise, "adjacency": wanted.adjacency}.items():
         if summary.get(key, value) != value:
             report(None, None, f"claims {key} {summary[key]!r}, the events say {value!r}")
     for unit in UNITS:
@@ -359,6 +385,12 @@ def check_statement(report: Report, summary: Record, seeded: bool, wanted: Ledge
             report(None, None, f"claims a {unit}-level epsilon; no ledger holds a {unit}-level event")
     if summary.get("client") is not None and wanted.of_server is None:
         report(None, None, "claims noise that the server added; job.toml asks for none")
+    sums = summary.get("secure_aggregation") or {}
+    if sums and wanted.secure is None:
+        report(None, None, "claims secure aggregation; job.toml asks for none")
+    for key, value in wanted.secure.figures.items() if wanted.secure is not None else ():
+        if sums.get(key, value) != value:
+            report(None, None, f"claims {key} {sums[key]!r} of its secure sums, job.toml makes it {value!r}")
 
 
 def _plan_of(entries: Sequence[Entry], job_hash: str) -> Record | None:

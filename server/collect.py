@@ -1,7 +1,7 @@
 """Collecting a round: ask a cohort through a transport, check every answer, keep only the sum.
 
 A collector turns a request into a `Total`. This one adds plain contributions, each as it comes in, so memory is
-O(model) whatever the cohort; a secure one stands beside it with the same method.
+O(model) whatever the cohort; the secure one (`server.secure`) stands beside it with the same method.
 """
 
 from __future__ import annotations
@@ -11,37 +11,42 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from privacy.ledger import Head
-from strategies.messages import Ask, MalformedMessage, Refusal, Reply, check_reply
+from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, Request, Stepped, check_reply
 from strategies.total import Total
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A site that gave no usable answer, and the kind of failure in a few words."""
+    """A site that gave no usable answer, and the kind of failure in a few words; `silent` if it gave none in time."""
 
     site: str
     why: str
+    silent: bool = False
 
 
 class Transport(Protocol):
-    """Carries one request to many sites."""
+    """Carries requests to many sites."""
 
-    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
-        """Yield one answer for each of `sites`, in any order, with the site that the channel says it came from.
+    def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
+        """Yield one answer for each site of `requests`, in any order, with the site that the channel says it came from.
 
-        A reply's contribution may be reused once the next answer is asked for.
+        A reply's array may be reused once the next answer is asked for.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Collected:
-    """What a cohort added up to, who is in it, who failed and why, and the ledger heads that came along."""
+    """What a cohort added up to, who is in it, who failed and why, and the ledger heads that came along.
+
+    `cost` is what secure aggregation took, where there was one.
+    """
 
     total: Total
     contributors: tuple[str, ...]
     failures: Mapping[str, str]
     heads: Mapping[str, Head]
+    cost: Mapping[str, float] | None = None
 
 
 class Collector(Protocol):
@@ -61,7 +66,7 @@ class PlainCollector:
         failures: dict[str, str] = {}
         heads: dict[str, Head] = {}
         waiting = set(sites)
-        for site, answer in self.transport.exchange(ask, sites):
+        for site, answer in self.transport.exchange(dict.fromkeys(sites, ask)):
             if site not in waiting:
                 continue  # A second answer, or one from a site that was not asked, never counts.
             waiting.discard(site)
@@ -70,6 +75,8 @@ class PlainCollector:
                     failures[site] = answer.why
                 case Refusal():
                     failures[site] = "refused"
+                case Stepped():
+                    failures[site] = "malformed reply: it belongs to a secure sum"
                 case Reply():
                     try:
                         check_reply(answer, ask=ask, site=site, layout=total.layout)

@@ -6,18 +6,19 @@ Flower's own loop waits for all replies and keeps them; pulling them here keeps 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from privacy.errors import RunError
 from server.collect import Failure
-from strategies.messages import Ask, MalformedMessage, Refusal, Reply, header, parse_answer
+from strategies.messages import Answer, Ask, MalformedMessage, Request, Words, flat_array, header, parse_answer
 from strategies.parameters import Vector
 
 IDENTIFY = f"{MessageType.QUERY}.identify"
 TRAIN = MessageType.TRAIN
+STEP = f"{MessageType.QUERY}.step"
 
 
 class FlowerTransport:
@@ -50,10 +51,12 @@ class FlowerTransport:
             raise RunError(f"{len(self._nodes)} of {expected} nodes named their site")
         return sorted(self._nodes)
 
-    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
-        names = {self._nodes[site]: site for site in sites}
-        text = header(ask)
-        messages = {node: Message(_pack(text, ask.model), node, TRAIN) for node in names}
+    def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
+        names = {self._nodes[site]: site for site in requests}
+        messages = {
+            node: Message(_pack(requests[site]), node, TRAIN if _trains(requests[site]) else STEP)
+            for node, site in names.items()
+        }
         for node, reply in self._pull(messages):
             yield names[node], _answer(names[node], reply)
 
@@ -75,9 +78,13 @@ class FlowerTransport:
             yield node, None
 
 
-def _answer(site: str, reply: Message | None) -> Reply | Refusal | Failure:
+def _trains(request: Request) -> bool:
+    return isinstance(request, Ask) or request.ask is not None
+
+
+def _answer(site: str, reply: Message | None) -> Answer | Failure:
     if reply is None:
-        return Failure(site, "no answer in time")
+        return Failure(site, "no answer in time", silent=True)
     if reply.has_error():
         return Failure(site, "failed at the site")
     try:
@@ -86,12 +93,13 @@ def _answer(site: str, reply: Message | None) -> Reply | Refusal | Failure:
         return Failure(site, f"malformed reply: {error}")
 
 
-def _pack(text: str, vector: Vector) -> RecordDict:
+def _pack(request: Request) -> RecordDict:
     """One header and one flat array: Flower parses a header per array, so one is the cheapest number of arrays."""
-    return RecordDict({"header": ConfigRecord({"json": text}), "vector": ArrayRecord({"flat": Array(vector)})})
+    array = ArrayRecord({"flat": Array(flat_array(request))})
+    return RecordDict({"header": ConfigRecord({"json": header(request)}), "vector": array})
 
 
-def _unpack(content: RecordDict) -> tuple[str, Vector]:
+def _unpack(content: RecordDict) -> tuple[str, Vector | Words]:
     """Raises `MalformedMessage` when the content is not what `_pack` makes."""
     try:
         text, vector = content["header"]["json"], content["vector"]["flat"].numpy()

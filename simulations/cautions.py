@@ -29,7 +29,8 @@ class Caution:
     | `delta_large`      | delta, a tenth of one over the units                                                 |
     | `epsilon_large`    | epsilon, 10                                                                          |
     | `cohort_too_small` | the noise in a round's mean (L2, clip norms), 1: the longest update                  |
-    | `no_amplification` | epsilon, what the same cohort drawn in secret would cost                             |
+    | `no_amplification` | epsilon, what the same cohort drawn in secret would cost; of noise in shares, with   |
+    |                    | as much noise added by a server that is trusted                                      |
     | `correlated_better`| by how much less correlated noise would disturb the model at this epsilon, 1.2       |
     | `few_rows`         | the fewest rows, those at which one mean for all of epsilon has noise of a clip norm |
     | `batches_empty`    | the share of steps whose batch is empty, 1 %                                         |
@@ -77,7 +78,7 @@ def _on_delta(plan: JobPlan, setting: Setting) -> Iterator[Caution]:
     delta, units = setting.own.delta, setting.units[0]
     of = "training rows of its smallest site" if setting.unit == UNIT_RECORD else "clients"
     stated, advice = f"privacy.{setting.unit}.delta is {delta:g}", f"take {0.1 / units:.1g} or less"
-    if delta >= 1 / units and setting.placement != "local":
+    if delta >= 1 / units and setting.placement in ("site", "central"):
         yield Caution(
             code="delta_refused",
             unit=setting.unit,
@@ -133,6 +134,11 @@ def _on_amplification(plan: JobPlan, setting: Setting) -> Iterator[Caution]:
         why, how = "the sites' ledgers show who took part", "without privacy.record, cohort.rate"
     if setting.placement == "local":
         why, how = "the server sees who takes part", 'placement = "central" with cohort.rate'
+    if setting.placement == "distributed":
+        why, how = (
+            "the sites of a secure sum see each other",
+            'placement = "central" (a trusted server) with cohort.rate',
+        )
     sampled = setting.roughly(rate=rate)
     yield Caution(
         code="no_amplification",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 
 from privacy.errors import FedchorusError
 from strategies.job import Faults
-from strategies.messages import Ask, Refusal, Reply
+from strategies.messages import Answer, Reply, Request, Stage, Step, Stepped
 
 
 class Handler(Protocol):
@@ -19,7 +19,7 @@ class Handler(Protocol):
     @property
     def name(self) -> str: ...
 
-    def handle(self, ask: Ask) -> Reply | Refusal: ...
+    def handle(self, request: Request) -> Answer: ...
 
 
 class DroppedOut(FedchorusError):
@@ -39,17 +39,33 @@ class FaultySite:
     def name(self) -> str:
         return self.site.name
 
-    def handle(self, ask: Ask) -> Reply | Refusal:
-        rng = np.random.default_rng([self.seed, self.number, ask.round_number, 3])
+    def handle(self, request: Request) -> Answer:
+        rng = np.random.default_rng([self.seed, self.number, request.round_number, 3])
         fate, kind = rng.random(), int(rng.integers(2**31))
         if fate >= self.faults.dropout + self.faults.malformed:
-            return self.site.handle(ask)
-        if fate < self.faults.dropout:
+            return self.site.handle(request)
+        drops = fate < self.faults.dropout
+        if isinstance(request, Step):
+            return self._step(request, drops, kind)
+        if drops:
             if kind % 2:  # Every other one trains first and loses the connection then: its budget is spent.
-                self.site.handle(ask)
+                self.site.handle(request)
             raise DroppedOut("dropped out")
-        answer = self.site.handle(ask)
+        answer = self.site.handle(request)
         return MALFORMATIONS[kind % len(MALFORMATIONS)](answer) if isinstance(answer, Reply) else answer
+
+    def _step(self, step: Step, drops: bool, kind: int) -> Answer:
+        """In a secure sum a site drops out from some stage on, or answers one stage with something malformed."""
+        *stages, over = get_args(Stage)
+        at, now = kind % len(stages), get_args(Stage).index(step.stage)
+        if step.stage == over or now < at or (now > at and not drops):
+            return self.site.handle(step)
+        if drops and (now > at or kind // len(stages) % 2 == 0):
+            raise DroppedOut("dropped out")
+        answer = self.site.handle(step)  # It works, and the connection is lost then; or something else arrives.
+        if drops:
+            raise DroppedOut("dropped out")
+        return replace(answer, body=answer.body[:-1] + b"?") if isinstance(answer, Stepped) else answer
 
 
 def _with(reply: Reply, position: int, value: float) -> Reply:

@@ -22,7 +22,7 @@ from client.data import (
     site_frames,
     split,
 )
-from client.site import Files, Site, SitePlan
+from client.site import Files, Seat, Site, SitePlan, layout_for
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
 from privacy.errors import DataError, JobError
@@ -35,6 +35,7 @@ from simulations.partition import partition
 from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.protocol import Strategy
+from strategies.secure import SecureSum
 
 
 def load_sites(job: Job) -> dict[str, SiteData]:
@@ -68,6 +69,7 @@ class Federation:
     task: Task
     trainer: Trainer
     strategy: Strategy
+    secure: SecureSum | None = None
 
     @classmethod
     def load(cls, job: Job) -> Federation:
@@ -86,7 +88,10 @@ class Federation:
             raise JobError(f"task: the model cannot be built ({' '.join(str(error).split())})") from error
         trainer = Trainer(task, model, job.training)
         trainer.try_out(next(iter(data.values())).train)
-        return cls(job, data, task, trainer, strategy)
+        secure = None
+        if job.secure_aggregation is not None:
+            secure = SecureSum.make(job, sites=len(data), layout=layout_for(job, trainer.parameters.size))
+        return cls(job, data, task, trainer, strategy, secure)
 
     @cached_property
     def names(self) -> list[str]:
@@ -107,6 +112,7 @@ class Federation:
                 site=name,
                 noise_multiplier=known[name]["noise_multiplier"] if known is not None else None,
                 layers=self.trainer.parameters.sizes,
+                secure=self.secure,
             )
             for name, data in self.data.items()
         }
@@ -134,7 +140,7 @@ class Federation:
             secret=lambda number: self.noise("the cohort", number),
         )
 
-    def client(self, name: str, plan: SitePlan, files: Files | None) -> Handler:
+    def client(self, name: str, plan: SitePlan, files: Files | None, seat: Seat | None = None) -> Handler:
         """The client of one site, wrapped in the faults that the job asks for."""
         site = Site(
             name,
@@ -147,6 +153,7 @@ class Federation:
             guard_noise=lambda round_number: self.noise(f"{name} as a whole", round_number),
             files=files,
             simulation=True,
+            seat=seat,
         )
         faults = self.job.simulation.faults
         if faults.dropout + faults.malformed == 0:

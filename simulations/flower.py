@@ -14,8 +14,10 @@ from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from client.site import SitePlan
+from client.secure import InFile, Stopwatch
+from client.site import Seat, SitePlan
 from privacy.errors import FedchorusError, RunError
+from privacy.secagg.roster import Roster
 from simulations.faults import Handler
 from simulations.federation import Federation
 from simulations.run_folder import RunFolder
@@ -82,7 +84,13 @@ def _client_of(run: str, context: Context) -> Handler:
 def _open_client(run: str, number: int) -> Handler:
     folder, federation, plans = _open_federation(run)
     name = federation.names[number]
-    return federation.client(name, plans[name], folder.files_of(name))
+    files, seat = folder.files_of(name), None
+    if federation.secure is not None:
+        roster = Roster.load(folder.participants)
+        roster.check(None)
+        # Each message may find another process: a session's secrets lie in the site's own folder meanwhile.
+        seat = Seat(federation.secure, roster, InFile(files.session), Stopwatch())
+    return federation.client(name, plans[name], files, seat)
 
 
 @lru_cache(maxsize=1)

@@ -5,12 +5,13 @@ Contributions are added as they are made, so memory is that of one model and one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 
+from privacy.errors import Refused
 from server.collect import Failure
 from simulations.faults import DroppedOut, Handler
-from strategies.messages import Ask, MalformedMessage, Refusal, Reply
+from strategies.messages import Answer, MalformedMessage, Request
 
 OPEN_CLIENTS = 1024  # Kept open between rounds; the others are opened again, so memory does not follow the cohort.
 
@@ -21,9 +22,9 @@ class InlineTransport:
     def __init__(self, open_client: Callable[[str], Handler]) -> None:
         self._client = lru_cache(maxsize=OPEN_CLIENTS)(open_client)
 
-    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
-        for site in sites:
+    def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
+        for site, request in requests.items():
             try:
-                yield site, self._client(site).handle(ask)
-            except (DroppedOut, MalformedMessage) as error:
+                yield site, self._client(site).handle(request)
+            except (DroppedOut, MalformedMessage, Refused) as error:
                 yield site, Failure(site, str(error))

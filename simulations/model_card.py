@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.data import class_count, feature_names
+from simulations.secure_sums import who_may_lie, who_saw_what
 from strategies.job import ClientPrivacy, Job, RecordPrivacy
 from strategies.parameters import Parameters
 
@@ -58,8 +59,13 @@ def _privacy(job: Job, summary: Mapping[str, Any]) -> str:
     parts = [_records(job.privacy.record, summary)] if job.privacy.record else []
     if job.privacy.client is not None:
         parts.append(_clients(job.privacy.client, job.cohort.rate, summary))
+    sums = summary.get("secure_aggregation")
+    secure = [] if sums is None else [_secure(sums)]
     if not parts:
-        return "**None.** Updates left the sites exact. Nothing bounds what this model reveals about a record."
+        left = "Updates left the sites exact" if sums is None else "No noise was added to the sums of updates"
+        none = f"**None.** {left}. Nothing bounds what this model reveals about a record."
+        return "\n\n".join([none, *secure])
+    parts += secure
     if summary["noise"] != "os":
         parts.append(
             "**The noise was seeded: this model protects nobody.** The epsilons say what real noise would have cost."
@@ -69,6 +75,13 @@ def _privacy(job: Job, summary: Mapping[str, Any]) -> str:
 
 def _clients(client: ClientPrivacy, rate: float | None, summary: Mapping[str, Any]) -> str:
     whole = summary["client"]
+    if client.placement == "distributed":
+        worst = max((site["client"] for site in summary["sites"].values()), key=lambda claim: claim["epsilon"])
+        return f"""Client-level (epsilon, delta)-differential privacy for each client as a whole, by the shares of noise
+({client.shares}) that all clients added before secure aggregation summed them: epsilon {worst["epsilon"]:.4f} by Rényi
+DP at delta {client.delta:g}, under zero-out of a client: its updates become zero, while who takes part is public. Clip
+norm {client.clip_norm:g}. The server is not trusted with the noise: it saw only sums that held it, and the shares of
+the fewest honest sites that a sum may have suffice for this epsilon."""
     if whole is None:
         worst = max((site["client"] for site in summary["sites"].values()), key=lambda claim: claim["epsilon"])
         return f"""Client-level (epsilon, delta)-differential privacy by noise that each client added to its own update:
@@ -84,6 +97,22 @@ by {client.noise} noise that the server added to each round's sum: epsilon {whol
 {whole["epsilon_rdp"]:.4f} (RDP) at delta {client.delta:g}, under add/remove-one of a client, for all models of the
 training. Noise multiplier {whole["noise_multiplier"]:.4g}, clip norm {whole["clip_norm"]:g}, expected cohort
 {whole["expected_cohort"]:g}.{sampled} The server is trusted: it saw each update."""
+
+
+def _secure(sums: Mapping[str, Any]) -> str:
+    told, lies = who_saw_what(sums), who_may_lie(sums)
+    more = "" if lies is None else f" {_sentence(lies)}"
+    cost = (
+        f" It took {sums['upload_bytes'] / 1000:.1f} KB up and {sums['download_bytes'] / 1000:.1f} KB down a site and "
+        f"round besides the model, and {sums['seconds']:.2f} s a round."
+        if "upload_bytes" in sums
+        else ""
+    )
+    return f"Updates were summed by secure aggregation: {told}.{more}{cost}"
+
+
+def _sentence(told: str) -> str:
+    return f"{told[0].upper()}{told[1:]}."
 
 
 def _records(record: RecordPrivacy, summary: Mapping[str, Any]) -> str:

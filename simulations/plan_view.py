@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from privacy.events import UNIT_RECORD, CorrelatedEvent
+from privacy.events import UNIT_RECORD, CorrelatedEvent, DistributedEvent
 from simulations.calculator import figures
 from simulations.cautions import Caution, named
 from simulations.planning import JobPlan, Setting, Variant
+from simulations.secure_sums import Figures, who_may_lie, who_saw_what
 
 PLOT = 40  # Characters along the axis of a plot.
 
@@ -30,6 +31,7 @@ def as_record(plan: JobPlan, warnings: Sequence[Caution]) -> dict[str, Any]:
         "parameters": plan.parameters,
         "settings": [_setting_record(setting, plan.noise_l2(setting)) for setting in plan.settings],
         "settings_left_out": plan.left_out,
+        "secure_aggregation": None if plan.secure is None else dict(plan.secure),
         "tables": {
             unit: {knob: [asdict(variant) for variant in variants] for knob, variants in table.items()}
             for unit, table in plan.tables.items()
@@ -44,6 +46,8 @@ def print_plan(console: Console, plan: JobPlan, warnings: Sequence[Caution], *, 
         f"{plan.job.name}: {plan.job.training.rounds} rounds, {len(plan.rows)} sites, {plan.parameters} parameters",
         highlight=False,
     )
+    for line in () if plan.secure is None else _sums_in_words(plan.secure):
+        console.print(escape(line), soft_wrap=True, highlight=False)
     if not plan.settings:
         console.print(
             "Not private: nothing bounds what the model tells of a record or a client. See [privacy].", markup=False
@@ -111,11 +115,32 @@ def _in_words(setting: Setting, l2: float) -> str:
     of, what = ("rows", "gradients") if setting.unit == UNIT_RECORD else ("clients", "updates")
     least = " at the smallest" if setting.units[0] != setting.units[1] else ""
     counted = " (as it counts over all rounds)" if isinstance(setting.each, CorrelatedEvent) else ""
-    return (
+    told = (
         f"{named(setting)}: a mean of the {what} of {setting.size:.4g} {of}{least} carries noise of "
         f"{setting.noise_in_mean:.3g} clip norms on each coordinate, {l2:.3g} in L2{counted}; without any noise, which "
         f"{of} there happen to be moves it by up to {1 / math.sqrt(setting.size):.3g}"
     )
+    if not isinstance(setting.each, DistributedEvent):
+        return told
+    return (
+        f"{told}\n{named(setting)}: each adds a share of the noise, so nobody is trusted with it; shares are sized for "
+        f"{setting.each.clients} honest survivors and charged for theirs alone, so a sum of all {setting.size:.4g} "
+        "carries more; epsilon (by Rényi DP alone) is for one client's update becoming zero, while who takes part is "
+        "public (zero-out)"
+    )
+
+
+def _sums_in_words(figures: Figures) -> list[str]:
+    told, lies = who_saw_what(figures), who_may_lie(figures)
+    fail = f"{figures['dropouts']} of {figures['sites_in_a_sum']} sites may fail in a round"
+    holders = f"any {figures['threshold']} of a site's {figures['neighbours']} neighbours"
+    up, down = (f"{figures[key] / 1000:.1f} KB" for key in ("upload_bytes", "download_bytes"))
+    return [
+        f"secure aggregation: {told}",
+        *([f"secure aggregation: {lies}"] if lies is not None else []),
+        f"secure aggregation: {fail}; {holders} together can take its masks away; {figures['bits']} bits a number, "
+        f"{up} up and {down} down a site and round, besides the model",
+    ]
 
 
 def _plots(unit: str, knobs: Mapping[str, Sequence[Variant]], *, ascii_only: bool) -> Table:

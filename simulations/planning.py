@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
+from typing import Any
 
 from privacy.accountant import (
     COARSE,
@@ -30,6 +31,7 @@ from privacy.events import (
     UNIT_CLIENT,
     UNIT_RECORD,
     CorrelatedEvent,
+    DistributedEvent,
     Event,
     GaussianEvent,
     repeated,
@@ -39,7 +41,10 @@ from privacy.pld import pld_epsilon
 from privacy.prv import Bounds
 from server.cohort import expected_size
 from server.release import ReleasePlan, secret_rate
+from simulations.secure_sums import planned
 from strategies.job import Job, Protection, TaskChoice
+from strategies.secure import SecureSum
+from strategies.total import Layout
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 MOST_SETTINGS = 6  # Sites of very many sizes may each need their own noise, and a search for it.
@@ -86,7 +91,8 @@ class Setting:
     `units` are the rows of the smallest and the largest of these sites, or the clients as both. A sum holds a `share`
     of them, and `secret` says whether nobody sees which. `each` is what one of the planned `rounds` releases.
     `noise_in_sum` is the noise's standard deviation on a coordinate of the sum, in clip norms; of correlated noise,
-    what independent noise would need for sums over rounds that are as accurate.
+    what independent noise would need for sums over rounds that are as accurate; of noise in shares, with all of them:
+    they are sized for the fewest honest survivors, whose noise alone is charged.
     """
 
     own: Protection
@@ -118,7 +124,8 @@ class Setting:
                 f"privacy.{self.unit}: no epsilon can be stated for {self.rounds} rounds ({error}); raise the noise"
             ) from None
         rdp = min(rdp_to_epsilon(order, rdp_at(events, order), delta) for order in WHOLE_ORDERS)
-        return Epsilon(delta, pld, rdp, pld if self.rate == 1 else None)
+        exact = self.rate == 1 and not isinstance(self.each, DistributedEvent)
+        return Epsilon(delta, pld, rdp, pld if exact else None)
 
     @cached_property
     def within(self) -> Bounds | None:
@@ -146,7 +153,14 @@ class Setting:
         return noise_multiplier_for(target_epsilon=target, delta=self.own.delta, sampling_rate=1.0, count=1)
 
     def roughly(self, *, noise: float | None = None, rate: float | None = None, rounds: int | None = None) -> float:
-        """What the plan would cost with other values: an upper bound to three digits, in a fifth of the usual time."""
+        """What the plan would cost with other values: an upper bound to three digits, in a fifth of the usual time.
+
+        Shares keep their grid; at another `rate` as much noise is charged as if the server added it.
+        """
+        if isinstance(self.each, DistributedEvent) and rate is None:
+            wider = self.each.local_scale * (noise or self.noise_multiplier) / self.noise_multiplier
+            (shares,) = repeated(replace(self.each, local_scale=wider), rounds or self.rounds)
+            return epsilon_pld([shares], self.own.delta)
         noise, rate = noise or self.noise_multiplier, rate or self.rate
         count = self.event.count // self.rounds * (rounds or self.rounds)
         found = pld_epsilon((((noise, rate), count),), self.own.delta, grid=COARSE) if rate < 1 else math.inf
@@ -171,7 +185,7 @@ class JobPlan:
     """What a job would release and what that costs.
 
     Sites that train with the same noise are one setting, those with the fewest rows first. Of more than six, six are
-    kept and `left_out` counts the others, which lie between.
+    kept and `left_out` counts the others, which lie between. `secure` are the figures of its secure sums, if any.
     """
 
     job: Job
@@ -179,10 +193,12 @@ class JobPlan:
     parameters: int
     settings: tuple[Setting, ...]
     left_out: int
+    secure: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, job: Job) -> JobPlan:
-        """Plan `job`. Raises what reading its data raises, and `UnsupportedEvent` for noise that no figure bounds.
+        """Plan `job`. Raises what reading its data raises, `UnsupportedEvent` for noise that no figure bounds, and
+        `JobError` for a secure sum that cannot be.
 
         A job that will be refused for its delta or its budget is planned nevertheless: see `simulations.cautions`.
         """
@@ -192,15 +208,20 @@ class JobPlan:
         kept = groups
         if len(groups) > MOST_SETTINGS:
             kept = [groups[round(i * last / (MOST_SETTINGS - 1))] for i in range(MOST_SETTINGS)]
+        # With privacy no training metrics are sent (`client.site.layout_for`, which would load torch).
+        layout = Layout(parameters, () if job.privacy.record or job.privacy.client else ("loss", "examples"))
+        sums = None if job.secure_aggregation is None else SecureSum.make(job, sites=len(rows), layout=layout)
         settings = [_record(job, rows, sites, parameters) for sites in kept]
         settings += [_local(job, rows, parameters)] if job.privacy.local is not None else []
         settings += [_central(job, len(rows), parameters)] if job.privacy.central is not None else []
+        settings += [_distributed(job, rows, sums)] if job.privacy.distributed is not None and sums is not None else []
         return cls(
             job=job,
             rows=rows,
             parameters=parameters,
             settings=tuple(settings),
             left_out=len(groups) - len(kept),
+            secure=None if sums is None else planned(job, sums, list(rows)),
         )
 
     def noise_l2(self, setting: Setting) -> float:
@@ -303,6 +324,26 @@ def _central(job: Job, clients: int, parameters: int) -> Setting:
     )
 
 
+def _distributed(job: Job, rows: Mapping[str, int], sums: SecureSum) -> Setting:
+    client, clients, most = job.privacy.distributed, len(rows), sums.fixed.clients
+    assert client is not None
+    assert sums.distributed is not None
+    noise = sums.distributed.noise
+    return Setting(
+        own=client,
+        unit=UNIT_CLIENT,
+        placement="distributed",
+        who=tuple(rows),
+        units=(clients, clients),
+        share=most / clients,
+        secret=False,
+        rounds=_site_rounds(job),
+        each=sums.distributed.event(count=1, rng="os"),
+        noise_multiplier=noise.noise_multiplier,
+        noise_in_sum=math.sqrt(most) * noise.local_scale / noise.clip_norm,
+    )
+
+
 def _site_rounds(job: Job) -> int:
     return job.training.rounds + max(own.spare_rounds for own in job.privacy.at_sites)
 
@@ -332,6 +373,8 @@ def _variants(setting: Setting, l2: float) -> Iterator[tuple[str, list[Variant]]
         return  # Nothing else moves its epsilon, and each other length or cohort would need a matrix of its own.
     rounds = [(factor, max(1, round(setting.rounds * factor))) for factor in FACTORS]
     yield "rounds", [at(factor, number, l2, partial(setting.roughly, rounds=number)) for factor, number in rounds]
+    if isinstance(setting.each, DistributedEvent):
+        return  # Who takes part is seen, and each other cohort would need a grid and a graph of its own.
     # A mean of noises that each client adds on its own shrinks with the root of the cohort alone.
     power = 0.5 if setting.placement == "local" else 1.0
     shares = [(factor, min(1.0, setting.share * factor)) for factor in FACTORS]

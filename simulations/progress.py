@@ -12,17 +12,23 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from simulations.secure_sums import who_may_lie, who_saw_what
+
 COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "of a site", "answered", "seconds", "ETA")
 WIDTHS = (8, 9, 10, 26, 9, 11, 10, 9, 8)
+SECURE_COLUMNS = ("KB up", "sum (s)")  # A site's upload in a round, and the time that summing securely took.
+SECURE_WIDTHS = (9, 9)
 
 
 class RoundTable:
-    """A live table on a terminal; one plain line a round anywhere else."""
+    """A live table on a terminal; one plain line a round anywhere else. Secure sums have two columns more."""
 
     def __init__(self, console: Console, *, rounds: int, title: str) -> None:
         self._console, self._rounds, self._title = console, rounds, title
         self._rows: list[tuple[str, ...]] = []
         self._seconds: list[float] = []
+        self._columns: tuple[str, ...] = COLUMNS
+        self._widths: tuple[int, ...] = WIDTHS
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
     def __enter__(self) -> Self:
@@ -30,7 +36,6 @@ class RoundTable:
             self._live.__enter__()
         else:
             self._console.print(self._title)
-            self._print_plain(COLUMNS)
         return self
 
     def __exit__(
@@ -45,7 +50,7 @@ class RoundTable:
         left = (self._rounds - line["round"]) * sum(self._seconds) / len(self._seconds)
         worst = line["worst_site"]
         epsilons = line["epsilon"].values()
-        row = (
+        row: tuple[str, ...] = (
             f"{line['round']}/{self._rounds}",
             figure(line.get("loss"), 4),
             figure(line.get("accuracy"), 3),
@@ -56,6 +61,11 @@ class RoundTable:
             f"{line['seconds']:.2f}",
             time.strftime("%M:%S" if left < 3600 else "%H:%M:%S", time.gmtime(left)),
         )
+        if (secure := line.get("secure")) is not None:
+            self._columns, self._widths = (*COLUMNS, *SECURE_COLUMNS), (*WIDTHS, *SECURE_WIDTHS)
+            row += (f"{secure['upload_bytes'] / 1000:.1f}", f"{secure['seconds']:.2f}")
+        if self._live is None and not self._rows:  # The first line says which columns there are.
+            self._print_plain(self._columns)
         self._rows.append(row)
         if self._live is None:
             self._print_plain(row)
@@ -63,11 +73,11 @@ class RoundTable:
             self._live.update(self._table(), refresh=True)
 
     def _print_plain(self, row: tuple[str, ...]) -> None:
-        cells = (f"{cell:>{width}}" for cell, width in zip(row, WIDTHS, strict=True))
+        cells = (f"{cell:>{width}}" for cell, width in zip(row, self._widths, strict=True))
         self._console.print("".join(cells), soft_wrap=True, highlight=False)
 
     def _table(self) -> Table:
-        table = Table(*COLUMNS, title=self._title, box=box.SIMPLE_HEAD, title_justify="left")
+        table = Table(*self._columns, title=self._title, box=box.SIMPLE_HEAD, title_justify="left")
         for column in table.columns:
             column.justify = "right"
         fits = max(5, self._console.height - 8)
@@ -101,10 +111,13 @@ def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) 
     if len(listed) > 20:
         console.print(f"... and {len(listed) - 20} more sites in summary.json")
     if (whole := summary["epsilon"]["client"]) is not None:
-        central = summary["client"]
+        central, shared = summary["client"], summary["placement"] == "distributed"
         where = f"noise {figure(central['noise_multiplier'], 3)} on the sum" if central else "noise at each site"
+        where = "a share of the noise from each site (zero-out: its update becomes zero)" if shared else where
         delta = central["delta"] if central else next(iter(summary["sites"].values()))["client"]["delta"]
         console.print(f"a whole site: epsilon {figure(whole, 3)}, delta {delta:g}, {where}", soft_wrap=True)
+    if (sums := summary.get("secure_aggregation")) is not None:
+        _print_sums(console, sums)
     if summary["epsilon"]["record"] is None and whole is None:
         console.print("[bold]This run was not private[/]: set privacy.record in the job to protect each record.")
     elif summary["noise"] != "os":
@@ -112,6 +125,21 @@ def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) 
     console.print(
         f"run     {summary['run']}\nreport  {report}\naudit   fedchorus audit {summary['run']}", soft_wrap=True
     )
+
+
+def _print_sums(console: Console, sums: Mapping[str, Any]) -> None:
+    """What the server could see, and what that took; of a run without a round there are no costs."""
+    for told in (who_saw_what(sums), who_may_lie(sums)):
+        if told is not None:
+            console.print(f"secure aggregation: {told}", soft_wrap=True, highlight=False)
+    if "upload_bytes" in sums:
+        up, down = (f"{sums[key] / 1000:.1f} KB" for key in ("upload_bytes", "download_bytes"))
+        console.print(
+            f"secure aggregation: {up} up and {down} down a site and round besides the model, {sums['seconds']:.2f} s "
+            "a round at all sites and the server together",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _comparison(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -1,27 +1,27 @@
 """The report of a run: one self-contained HTML page for a privacy officer and a researcher alike.
 
 Whatever came from the job or the sites is escaped by `charts.element`, so a site called
-`<script>` is a site with a strange name. Figures that a run does not have read "-"; an infinite one reads "∞".
+`<script>` is a site with a strange name.
 """
 
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, Context, Decimal
-from numbers import Real
 from typing import Any
 
-from simulations import charts, page
+from privacy.events import ADD_OR_REMOVE_ONE, ZERO_OUT
+from simulations import charts, page, shown
 from simulations.charts import Markup, element, finite
+from simulations.secure_sums import lying_groups, who_may_lie, who_saw_what
 
 TAGLINE = "Hear the chorus, never the voice."
 MANY_SITES = 12  # Beyond it a line and a label for every site would hide what they show.
 
 
 _MARK = "M3 10v4M9 6v12M15 2v20M21 7v10M27 10v4"
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def render_report(*, job_toml: str, summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
@@ -31,13 +31,14 @@ def render_report(*, job_toml: str, summary: Mapping[str, Any], rounds: Sequence
     Deterministic: the same run gives the same text.
     """
     name = str(summary.get("name") or "unnamed run")
-    privacy = _Privacy.read(summary)
+    privacy = _Privacy.read(summary, placement=_placement(job_toml))
     if (privacy.whole.get("sampling_rate") or 1) < 1:  # Who took part, and how many did, is the server's secret.
         rounds = [{**entry, "contributors": None, "failures": None} for entry in rounds]
     main = element(
         "main",
         _outcome(summary),
         _spending(summary, rounds, privacy),
+        *_sums(summary, privacy),
         _curves(rounds),
         _spread(summary),
         page.section("rounds", "Round by round", _rounds_table(rounds)),
@@ -60,22 +61,26 @@ class _Privacy:
     whole_site: float | None  # Client-level epsilon.
     whole_delta: float | None
     whole: Mapping[str, Any]  # The server's noise for whole sites, where it adds it.
-    adjacency: str
+    shared: bool  # Whether whole sites are protected by shares of noise.
+    secure: Mapping[str, Any]  # The figures of the secure sums, where there are any.
+    adjacency: str  # Of records, and of whole sites where nothing protects records.
     seeded: bool
 
     @classmethod
-    def read(cls, summary: Mapping[str, Any]) -> "_Privacy":
-        sites = _at(summary, "sites") or {}
+    def read(cls, summary: Mapping[str, Any], *, placement: object) -> "_Privacy":
+        sites, secure = _at(summary, "sites") or {}, _at(summary, "secure_aggregation")
         return cls(
-            by_site={name: _number(_at(site, "epsilon")) for name, site in sites.items()},
+            by_site={name: shown.as_number(_at(site, "epsilon")) for name, site in sites.items()},
             largest=_largest(_at(summary, "epsilon", "record"), *(_at(site, "epsilon") for site in sites.values())),
             delta=_largest(*(_at(site, "delta") for site in sites.values())),
-            whole_site=_number(_at(summary, "epsilon", "client")),
+            whole_site=shown.as_number(_at(summary, "epsilon", "client")),
             whole_delta=_largest(
                 _at(summary, "client", "delta"), *(_at(site, "client", "delta") for site in sites.values())
             ),
             whole=_at(summary, "client") or {},
-            adjacency=str(summary.get("adjacency") or "-").replace("_", " "),
+            shared=placement == "distributed",
+            secure=secure if isinstance(secure, Mapping) else {},
+            adjacency=shown.words(summary.get("adjacency") or "-"),
             seeded=summary.get("noise") == "seeded-simulation",
         )
 
@@ -83,6 +88,14 @@ class _Privacy:
     def absent(self) -> bool:
         """Whether no epsilon is stated at all, neither for records nor for whole sites."""
         return self.largest is None and self.whole_site is None
+
+    @property
+    def adjacencies(self) -> str:
+        """Of each unit that is protected: noise in shares is for zero-out, also where records have another."""
+        if self.largest is None or self.whole_site is None:
+            return self.adjacency
+        of_sites = shown.words(ZERO_OUT if self.shared else ADD_OR_REMOVE_ONE)
+        return self.adjacency if of_sites == self.adjacency else f"{self.adjacency} (a record), {of_sites} (a site)"
 
     @property
     def unbounded(self) -> list[str]:
@@ -105,11 +118,11 @@ def _header(name: str, summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
     }
     alarm = next((told for told, holds in alarms.items() if holds), None)
     bounds = {
-        f"record-level differential privacy, ε ≤ {_upward(privacy.largest)} at every site": privacy.largest,
-        f"client-level differential privacy, ε ≤ {_upward(privacy.whole_site)} for every site": privacy.whole_site,
+        f"record-level differential privacy, ε ≤ {shown.upward(privacy.largest)} at every site": privacy.largest,
+        f"client-level differential privacy, ε ≤ {shown.upward(privacy.whole_site)} for every site": privacy.whole_site,
     }
     bound = " · ".join(told for told, epsilon in bounds.items() if epsilon is not None)
-    size = f"Sites: {len(privacy.by_site)} · rounds: {_count(summary.get('rounds'))} · "
+    size = f"Sites: {len(privacy.by_site)} · rounds: {shown.count(summary.get('rounds'))} · "
     lede = element("p", size, element("strong", alarm) if alarm else bound, class_="lede")
     return element("header", brand, element("h1", name), lede)
 
@@ -127,18 +140,18 @@ def _outcome(summary: Mapping[str, Any]) -> Markup:
         reached.insert(1, ("Local, as private", private, "each site alone, same epsilon"))
     figures = []
     for label, share, note in reached:
-        figure = element("dd", _share(share), class_="first" if label == "Federated" else None)
+        figure = element("dd", shown.share(share), class_="first" if label == "Federated" else None)
         figures.append(element("div", element("dt", label), figure, element("dd", note, class_="note")))
-    told = ", ".join(f"{label} {_share(share)}" for label, share, _ in reached)
+    told = ", ".join(f"{label} {shown.share(share)}" for label, share, _ in reached)
     shares = {label: finite(share) for label, share, _ in reached}
     bars = charts.bar_chart("reached", "Accuracy reached", told, shares, x_label="accuracy")
     facts = {
-        "Rounds": _count(summary.get("rounds")),
-        "Sites": _count(len(_at(summary, "sites") or {})),
-        **{f"Final {metric}": _figure(value) for metric, value in metrics.items() if metric != "accuracy"},
-        "Time": _shown(summary.get("seconds"), lambda seconds: f"{seconds:,.1f} s"),
+        "Rounds": shown.count(summary.get("rounds")),
+        "Sites": shown.count(len(_at(summary, "sites") or {})),
+        **{f"Final {metric}": shown.figure(value) for metric, value in metrics.items() if metric != "accuracy"},
+        "Time": shown.number(summary.get("seconds"), lambda seconds: f"{seconds:,.1f} s"),
         "Engine": summary.get("engine") or "-",
-        "Seed": _count(summary.get("seed")),
+        "Seed": shown.count(summary.get("seed")),
         "Job hash": element("code", summary.get("job_hash") or "-"),
     }
     columns = page.columns(page.captioned("Accuracy on the test rows of all sites", bars), page.facts(facts))
@@ -149,9 +162,13 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
     parts = []
     if privacy.absent:
         told = "No noise was added, so what a site sent can reveal its rows."
-        parts.append(page.notice("This run was not private: every update left its site exact.", told))
+        what = "every update left its site exact."
+        if privacy.secure:
+            told = "The server saw sums alone, but no noise was added, so a sum can reveal rows of those who are in it."
+            what = "the sums of updates are exact."
+        parts.append(page.notice(f"This run was not private: {what}", told))
     elif privacy.unbounded:
-        names = _listed(privacy.unbounded)
+        names = shown.listed(privacy.unbounded)
         told = f"What was sent from here is not bounded for single records: {names}."
         parts.append(
             page.notice(f"No finite record-level ε at {len(privacy.unbounded)} of {len(privacy.by_site)} sites.", told)
@@ -165,13 +182,13 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
         noise = {"os": "secret, from the operating system", "seeded-simulation": "seeded: no protection"}
         units = {"one record (a training row)": privacy.largest, "one site": privacy.whole_site}
         facts = {
-            "Largest ε at a site": None if privacy.largest is None else _upward(privacy.largest),
-            "δ": None if privacy.delta is None else _upward(privacy.delta),
-            "ε for a whole site": None if privacy.whole_site is None else _upward(privacy.whole_site),
-            "δ for a whole site": None if privacy.whole_delta is None else _upward(privacy.whole_delta),
+            "Largest ε at a site": None if privacy.largest is None else shown.upward(privacy.largest),
+            "δ": None if privacy.delta is None else shown.upward(privacy.delta),
+            "ε for a whole site": None if privacy.whole_site is None else shown.upward(privacy.whole_site),
+            "δ for a whole site": None if privacy.whole_delta is None else shown.upward(privacy.whole_delta),
             **_server_noise(privacy.whole),
             "Unit": " and ".join(unit for unit, epsilon in units.items() if epsilon is not None),
-            "Adjacency": privacy.adjacency,
+            "Adjacency": privacy.adjacencies,
             "Noise": noise.get(str(summary.get("noise")), "-"),
         }
         parts.append(
@@ -183,15 +200,50 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
     return page.section("spent", "What was spent", *parts, *table)
 
 
+def _sums(summary: Mapping[str, Any], privacy: _Privacy) -> list[Markup]:
+    """What secure aggregation hid and what it cost; nothing in a run without it."""
+    sums = privacy.secure
+    if not sums:
+        return []
+    told = [who_saw_what(sums, shown.count), who_may_lie(sums, shown.count)]
+    says = " ".join(f"{said[0].upper()}{said[1:]}." for said in told if said is not None)
+    if privacy.shared:
+        says += (
+            " Each site added a share of the noise before its update was masked: the server is not trusted with the "
+            "noise, and the shares of the fewest honest sites that a sum may have are enough for the ε stated here."
+        )
+    facts = {
+        "Sites in a sum": shown.count(sums.get("sites_in_a_sum")),
+        "Fewest in a sum that is shown": shown.count(sums.get("fewest_in_a_sum")),
+        "Sites in league with the server": f"up to {shown.count(sums.get('colluders'))}",
+        "Honest sites to hide among": f"{shown.count(sums.get('hidden_among'))} at least",
+        "Sites that may fail in a round": shown.count(sums.get("dropouts")),
+    }
+    if (sums.get("groups") or 1) != 1:
+        facts["Groups"] = f"{shown.count(sums.get('groups'))}, combined by {shown.words(sums.get('reduce') or '-')}"
+        facts["Lying groups tolerated"] = shown.count(lying_groups(sums))
+    costs = {
+        "Bits a number": shown.count(sums.get("bits")),
+        "A site's masks": f"any {shown.count(sums.get('threshold'))} of {shown.count(sums.get('neighbours'))} peers",
+        "Sent by a site in a round": shown.kilobytes(sums.get("upload_bytes")),
+        "Sent to it, besides the model": shown.kilobytes(sums.get("download_bytes")),
+        "Time in a round": shown.number(
+            sums.get("seconds"), lambda seconds: f"{seconds:.2f} s, all sites and the server"
+        ),
+    }
+    columns = page.columns(page.facts(facts), page.facts(costs))
+    return [page.section("sums", "What the server saw", element("p", says), columns)]
+
+
 def _server_noise(whole: Mapping[str, Any]) -> dict[str, str]:
     """What protects whole sites, where the server adds it."""
     if not whole:
         return {}
     return {
-        "Noise multiplier on the sum": _figure(whole.get("noise_multiplier")),
-        "Chance of a site to be asked": _share(whole.get("sampling_rate")),
-        "Expected cohort": f"{_figure(whole.get('expected_cohort'))} of {_count(whole.get('clients'))}",
-        "Clip norm of an update": _figure(whole.get("clip_norm")),
+        "Noise multiplier on the sum": shown.figure(whole.get("noise_multiplier")),
+        "Chance of a site to be asked": shown.share(whole.get("sampling_rate")),
+        "Expected cohort": f"{shown.figure(whole.get('expected_cohort'))} of {shown.count(whole.get('clients'))}",
+        "Clip norm of an update": shown.figure(whole.get("clip_norm")),
     }
 
 
@@ -203,13 +255,13 @@ def _spending_table(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
         rows.append(
             [
                 name,
-                _count(_at(site, "train_rows")),
+                shown.count(_at(site, "train_rows")),
                 "-" if epsilon is None else "record",
-                _upward(epsilon),
-                _upward(_at(site, "delta")),
-                _figure(_at(site, "noise_multiplier")),
-                _figure(_at(site, "sampling_rate")),
-                _count(_at(site, "steps")),
+                shown.upward(epsilon),
+                shown.upward(_at(site, "delta")),
+                shown.figure(_at(site, "noise_multiplier")),
+                shown.figure(_at(site, "sampling_rate")),
+                shown.count(_at(site, "steps")),
                 "-" if epsilon is None else privacy.adjacency,
             ]
         )
@@ -224,7 +276,11 @@ def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
     """Draw a line a site, the largest spender's strong; for many sites the largest, the median and the whole range."""
     spent = {name: [finite(value) for value in values] for name, values in _spent_so_far(rounds).items()}
     most = max(spent, key=lambda name: spent[name][-1] or 0.0, default="")
-    told = f"{most} spent most: ε = {_upward(spent[most][-1])} after the last round." if spent else "Nothing is known."
+    told = (
+        f"{most} spent most: ε = {shown.upward(spent[most][-1])} after the last round."
+        if spent
+        else "Nothing is known."
+    )
     lines = [charts.Line(name, values) for name, values in spent.items() if name != most]
     band = None
     if len(spent) > MANY_SITES:
@@ -237,7 +293,7 @@ def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
         lines.append(charts.Line(f"largest: {most}" if band else most, spent[most], strong=True))
     whole = [finite(entry.get("epsilon_client")) for entry in rounds]
     if any(value is not None for value in whole):
-        told = f"{told if spent else ''} A whole site: ε = {_upward(whole[-1])} after the last round.".strip()
+        told = f"{told if spent else ''} A whole site: ε = {shown.upward(whole[-1])} after the last round.".strip()
         lines.append(charts.Line("a whole site", whole, strong=not spent))
     title = "Epsilon over rounds"
     return charts.line_chart("epsilon", title, told, _numbers(rounds), lines, y_label="ε", from_zero=True, band=band)
@@ -245,7 +301,7 @@ def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _curves(rounds: Sequence[Mapping[str, Any]]) -> Markup:
     figures = []
-    for metric, form in (("loss", _figure), ("accuracy", _share)):
+    for metric, form in (("loss", shown.figure), ("accuracy", shown.share)):
         title = f"{metric.capitalize()} of the shared model on test rows"
         whole = [finite(entry.get(metric)) for entry in rounds]
         worst = [finite(_at(entry, "sites", entry.get("worst_site"), metric)) for entry in rounds]
@@ -263,14 +319,14 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
     pairs = []
     for name, site in (_at(summary, "sites") or {}).items():
         alone = finite(_at(summary, "baselines", "local", "sites", name, "accuracy"))
-        pairs.append(charts.Pair(name, finite(_at(site, "accuracy")), alone, _count(_at(site, "test_rows"))))
+        pairs.append(charts.Pair(name, finite(_at(site, "accuracy")), alone, shown.count(_at(site, "test_rows"))))
     pairs.sort(key=lambda pair: -math.inf if pair.dot is None else pair.dot, reverse=True)
     reached = [(pair.dot, pair.name) for pair in pairs if pair.dot is not None] or [(math.nan, "-")]
     gains = [pair.dot - pair.ring for pair in pairs if pair.dot is not None and pair.ring is not None]
     facts = {
-        "Best site": f"{_share(reached[0][0])}, {reached[0][1]}",
-        "Median site": _share(statistics.median(share for share, _ in reached)),
-        "Worst site": f"{_share(reached[-1][0])}, {reached[-1][1]}",
+        "Best site": f"{shown.share(reached[0][0])}, {reached[0][1]}",
+        "Median site": shown.share(statistics.median(share for share, _ in reached)),
+        "Worst site": f"{shown.share(reached[-1][0])}, {reached[-1][1]}",
         "Better than alone": f"{sum(gain > 0 for gain in gains)} of {len(gains)} sites" if gains else "-",
     }
     told = "; ".join(f"{key}: {fact}" for key, fact in facts.items())
@@ -289,7 +345,13 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
     )
     heads = ["Site", "Test rows", "Federated", "Local only", "Rounds taken part"]
     rows = [
-        [pair.name, pair.note, _share(pair.dot), _share(pair.ring), _count(_at(summary, "sites", pair.name, "rounds"))]
+        [
+            pair.name,
+            pair.note,
+            shown.share(pair.dot),
+            shown.share(pair.ring),
+            shown.count(_at(summary, "sites", pair.name, "rounds")),
+        ]
         for pair in pairs
     ]
     return page.section(
@@ -307,8 +369,9 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
         "ε (largest)",
         "ε (site)",
         "Seconds",
-        "Failures",
     ]
+    secure = any(entry.get("secure") for entry in rounds)
+    heads += [*(["KB up", "Secure sum (s)"] if secure else []), "Failures"]
     spent = _spent_so_far(rounds)
     rows = []
     for i, (number, entry) in enumerate(zip(_numbers(rounds), rounds, strict=True)):
@@ -316,39 +379,47 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
         rows.append(
             [
                 str(number),
-                _figure(entry.get("loss")),
-                _share(entry.get("accuracy")),
+                shown.figure(entry.get("loss")),
+                shown.share(entry.get("accuracy")),
                 entry.get("worst_site") or "-",
-                "-" if entry.get("contributors") is None else _count(len(entry["contributors"])),
-                _upward(_largest(*(values[i] for values in spent.values()))),
-                _upward(entry.get("epsilon_client")),
-                _shown(entry.get("seconds"), lambda seconds: f"{seconds:.2f}"),
-                _listed(failures) or "-",
+                "-" if entry.get("contributors") is None else shown.count(len(entry["contributors"])),
+                shown.upward(_largest(*(values[i] for values in spent.values()))),
+                shown.upward(entry.get("epsilon_client")),
+                shown.seconds(entry.get("seconds")),
+                *([shown.thousands(_at(entry, "secure", "upload_bytes"))] if secure else []),
+                *([shown.seconds(_at(entry, "secure", "seconds"))] if secure else []),
+                shown.listed(failures) or "-",
             ]
         )
     return page.details(
-        f"Every round ({len(rounds)})", page.table("Figures of every round", heads, rows, words={0, 3, 8})
+        f"Every round ({len(rounds)})", page.table("Figures of every round", heads, rows, words={0, 3, len(heads) - 1})
     )
 
 
 def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
     says = []
     if privacy.absent:
-        says.append("Nothing: no noise was added, so no bound holds on what a site's updates tell about its rows.")
+        what = "sums of updates tell about a site's rows" if privacy.secure else "a site's updates tell about its rows"
+        says.append(f"Nothing: no noise was added, so no bound holds on what {what}.")
     if privacy.largest is not None:
-        factor = f", a factor of {_upward(math.exp(privacy.largest))}" if privacy.largest < 12 else ""
+        factor = f", a factor of {shown.upward(math.exp(privacy.largest))}" if privacy.largest < 12 else ""
         says.append(
             f"The unit is one record (a training row); the adjacency is “{privacy.adjacency}”. Whatever anyone may "
             "conclude from all that a site sent in this run, one such change of its training rows makes that at most "
-            f"e^ε times as likely, plus δ. The largest spending of a site is ε = {_upward(privacy.largest)}{factor}, "
-            f"at δ ≤ {_upward(privacy.delta)}."
+            f"e^ε times as likely, plus δ. The largest spending of a site is ε = {shown.upward(privacy.largest)}"
+            f"{factor}, at δ ≤ {shown.upward(privacy.delta)}."
         )
     if privacy.whole_site is not None:
-        where = "the server, which sees each update, adds" if privacy.whole else "each site adds"
+        where = "the server, which sees each update, adds the noise" if privacy.whole else "each site adds the noise"
+        unit = "all its rows at once, and whether it took part"
+        if privacy.shared:
+            where = "each site adds a share, and the server, which is not trusted with it, sees sums alone: the noise"
+            zero_out = shown.words(ZERO_OUT)
+            unit = f"all its rows at once; “{zero_out}”: its updates become zero, while who takes part is public"
         says.append(
-            f"With a whole site as the unit (all its rows at once, and whether it took part), ε = "
-            f"{_upward(privacy.whole_site)} at δ = {_upward(privacy.whole_delta)}, for all models of this run: {where} "
-            "the noise that hides one site's whole update."
+            f"With a whole site as the unit ({unit}), ε = {shown.upward(privacy.whole_site)} at δ = "
+            f"{shown.upward(privacy.whole_delta)}, for all models of this run: {where} that hides one site's whole "
+            "update."
         )
         if (privacy.whole.get("sampling_rate") or 1) < 1:
             says.append("This counts on nobody outside the server learning which sites took part in a round.")
@@ -380,6 +451,14 @@ def _footer(summary: Mapping[str, Any]) -> Markup:
 # --- reading the run ------------------------------------------------------------------------------------------------
 
 
+def _placement(job_toml: str) -> object:
+    """Where the noise for whole sites is added, or None."""
+    try:
+        return _at(tomllib.loads(job_toml), "privacy", "client", "placement")
+    except ValueError:
+        return None
+
+
 def _at(tree: object, *path: Any) -> Any:
     """Follow the keys down nested mappings; None where one of them is missing."""
     for key in path:
@@ -387,14 +466,8 @@ def _at(tree: object, *path: Any) -> Any:
     return tree
 
 
-def _number(value: object) -> float | None:
-    """Return the value as a float, infinities included; None for NaN and what is no number."""
-    number = float(value) if isinstance(value, Real) else math.nan
-    return None if math.isnan(number) else number
-
-
 def _largest(*values: object) -> float | None:
-    return max((number for number in map(_number, values) if number is not None), default=None)
+    return max((number for number in map(shown.as_number, values) if number is not None), default=None)
 
 
 def _numbers(rounds: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -406,48 +479,6 @@ def _spent_so_far(rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[float |
     spent: dict[str, list[float | None]] = {name: [] for entry in rounds for name in entry.get("epsilon") or {}}
     for entry in rounds:
         for name, values in spent.items():
-            value = _number(_at(entry, "epsilon", name))
+            value = shown.as_number(_at(entry, "epsilon", name))
             values.append(values[-1] if value is None and values else value)
     return spent
-
-
-# --- figures as text ------------------------------------------------------------------------------------------------
-
-
-def _shown(value: object, form: Callable[[float], str]) -> str:
-    number = _number(value)
-    if number is None:
-        return "-"
-    return form(number) if math.isfinite(number) else ("∞" if number > 0 else "−∞")
-
-
-def _share(value: object) -> str:
-    return _shown(value, lambda number: f"{number:.1%}")
-
-
-def _figure(value: object) -> str:
-    return _shown(value, lambda number: f"{number:.3g}")
-
-
-def _count(value: object) -> str:
-    return _shown(value, lambda number: f"{number:,.0f}")
-
-
-def _upward(value: object) -> str:
-    """Show an epsilon or a delta to three digits, rounded up: the page may not state less than was spent."""
-
-    def form(number: float) -> str:
-        up = Context(prec=3, rounding=ROUND_CEILING).create_decimal(f"{number:.9g}")
-        if abs(up) >= Decimal("0.01"):
-            return f"{up:.{max(0, 2 - up.adjusted())}f}"
-        if not up or abs(up) >= Decimal("0.001"):
-            return f"{up.normalize():f}"
-        digits, _, exponent = f"{up.normalize():e}".partition("e")
-        power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
-        return power if digits == "1" else f"{digits} × {power}"
-
-    return _shown(value, form)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,6 +2,7 @@
 
 job.toml            the resolved job; its SHA-256 names the job
 roster.json         the sites' public keys           plans.json   each site's rows, noise and sampling
+participants.json   the signed roster of those whose updates are summed securely
 ledgers/SITE.jsonl  what each site released          heads.jsonl  the ledgers' heads after each round
 server.jsonl        what the server released, where it adds the noise
 metrics.jsonl       one line a round                 summary.json the claims; written last: without it, unfinished
@@ -104,13 +105,15 @@ class RunFolder:
         return self.path / "private" / SERVER / "checkpoint.safetensors"
 
     @property
+    def participants(self) -> Path:
+        return self.path / "participants.json"
+
+    @property
     def server_files(self) -> Files:
-        private = self.path / "private" / SERVER
-        return Files(self.path / "server.jsonl", private / "identity.pem", private / "outbox.bin")
+        return Files.within(self.path / "private" / SERVER, ledger=self.path / "server.jsonl")
 
     def files_of(self, site: str) -> Files:
-        private = self.path / "private" / site
-        return Files(self.path / "ledgers" / f"{site}.jsonl", private / "identity.pem", private / "outbox.bin")
+        return Files.within(self.path / "private" / site, ledger=self.path / "ledgers" / f"{site}.jsonl")
 
     def read(self, name: str) -> dict[str, Any]:
         try:

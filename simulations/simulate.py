@@ -11,27 +11,34 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from client.site import Files, SitePlan, layout_for
+from client.secure import Stopwatch
+from client.site import Files, Seat, SitePlan, layout_for
 from privacy.accountant import epsilon
 from privacy.budget import Accounts, JobAccount, LedgerAccounts, SiteBudget
 from privacy.errors import LedgerError, RunError
-from privacy.events import ADD_OR_REMOVE_ONE, UNIT_CLIENT, UNIT_RECORD, Event, GaussianEvent
+from privacy.events import ADD_OR_REMOVE_ONE, UNIT_CLIENT, UNIT_RECORD, ZERO_OUT, Event, GaussianEvent
 from privacy.keys import IdentityKey
 from privacy.ledger import SERVER, Head, Ledger, LedgerView
+from privacy.secagg.client import InMemory
+from privacy.secagg.roster import Member, Roster
 from server.checkpoint import load_checkpoint, save_checkpoint
 from server.collect import PlainCollector, Transport
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
 from server.rounds import RoundResult, heads_line, run_rounds
+from server.secure import SecureCollector
 from simulations.baselines import baselines
 from simulations.evaluation import Evaluation
+from simulations.faults import Handler
 from simulations.federation import Federation, plan_record, release_record
 from simulations.inline import InlineTransport
 from simulations.model_card import model_card
 from simulations.report import render_report
 from simulations.run_folder import RunFolder, fresh_path
+from simulations.secure_sums import protection
 from strategies.job import Job
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
+from strategies.secure import groups_of
 from strategies.total import Layout
 
 MANY_PLANS = 8  # With more kinds of plan than this, a round's epsilon is computed for the costliest sites alone.
@@ -90,10 +97,22 @@ def _prepare(
     if job.privacy.at_sites:
         for name in federation.names:
             roster["sites"][name] = _key(folder.files_of(name)).public_hex
+    if job.secure_aggregation is not None:
+        _signed_roster(folder, job, federation.names).save(folder.participants)
     folder.write("plans.json", planned)
     federation.trainer.parameters.save(federation.trainer.read(), folder.initial_model, {"job": job.hash, "round": "0"})
     if len(roster) > 2 or roster["sites"]:
         folder.write("roster.json", roster)
+
+
+def _signed_roster(folder: RunFolder, job: Job, names: list[str]) -> Roster:
+    """What the participants of a federation sign before its first job; here they are all in one place."""
+    keys = {name: _key(folder.files_of(name)) for name in names}
+    members = tuple(Member(slot, name, keys[name].public_hex) for slot, name in enumerate(names, start=1))
+    roster = Roster(job.name, 1, members, {})
+    for name in names:
+        roster = roster.signed_by(keys[name], name)
+    return roster
 
 
 def _key(files: Files) -> IdentityKey:
@@ -155,6 +174,8 @@ class _Run:
     _accounts: dict[str, LedgerAccounts] = field(default_factory=dict)
     _release: CentralRelease | None = None
     _round_began: float = 0.0
+    _stores: dict[str, InMemory] = field(default_factory=dict)
+    _stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def finish(self) -> dict[str, Any] | None:
         with self.folder.locked():
@@ -219,14 +240,16 @@ class _Run:
         finished = [state]
         heads, server_head = self._heads()
         release = self._open_release(layout_for(self.job, self.federation.trainer.parameters.size), state, server_head)
+        roster = self._roster()
 
         def drive(transport: Transport) -> None:
             self._round_began = time.perf_counter()
+            collector = PlainCollector(transport) if roster is None else self._secure_collector(transport, roster)
             finished[0] = run_rounds(
                 state,
                 job=self.job,
                 strategy=self.federation.strategy,
-                collector=PlainCollector(transport),
+                collector=collector,
                 release=release,
                 cohort=self.federation.cohort,
                 evaluate=evaluation,
@@ -248,10 +271,30 @@ class _Run:
 
             run_on_flower(self.folder.path, len(self.federation.names), drive_flower)
         else:
-            drive(
-                InlineTransport(lambda name: self.federation.client(name, self.plans[name], self.folder.files_of(name)))
-            )
+            drive(InlineTransport(lambda name: self._client(name, roster)))
         return finished[0]
+
+    def _roster(self) -> Roster | None:
+        if self.federation.secure is None:
+            return None
+        roster = Roster.load(self.folder.participants)
+        roster.check(None)
+        return roster
+
+    def _client(self, name: str, roster: Roster | None) -> Handler:
+        seat = None
+        if roster is not None and self.federation.secure is not None:
+            # Kept apart from the clients, of which only so many stay open between two messages.
+            store = self._stores.setdefault(name, InMemory())
+            seat = Seat(self.federation.secure, roster, store, self._stopwatch)
+        return self.federation.client(name, self.plans[name], self.folder.files_of(name), seat)
+
+    def _secure_collector(self, transport: Transport, roster: Roster) -> SecureCollector:
+        plan, secure = self.federation.secure, self.job.secure_aggregation
+        assert plan is not None
+        assert secure is not None
+        groups = groups_of(self.job, self.federation.names) if secure.groups > 1 else None
+        return SecureCollector(transport, plan, plan.terms(self.job, roster), roster, groups, secure.reduce)
 
     def _record(self, result: RoundResult) -> None:
         collected = result.collected
@@ -266,6 +309,11 @@ class _Run:
             "failures": dict(collected.failures),
             "seconds": round(time.perf_counter() - self._round_began, 4),
         }
+        if collected.cost is not None:
+            cost = dict(collected.cost)
+            cost["seconds"] += self._stopwatch.seconds  # What the sites in this process took for masking.
+            self._stopwatch.seconds = 0.0
+            line["secure"] = {key: round(value, 4) for key, value in cost.items()}
         self._round_began = time.perf_counter()
         if result.heads or result.server_head:
             self.folder.append("heads.jsonl", heads_line(result.round_number, result.heads, result.server_head))
@@ -296,11 +344,11 @@ class _Run:
         return {name: self._spent(name, UNIT_RECORD, record.delta) for name in names}
 
     def _client_epsilon(self) -> float | None:
-        """Client-level epsilon spent so far: the server's, or the largest of any client that noises itself."""
+        """Client-level epsilon spent so far: the server's, or the largest of any client that adds noise itself."""
         if self._release is not None:
             return self._release.epsilon()
-        local = self.job.privacy.local
-        return max(self._spent(n, UNIT_CLIENT, local.delta) for n in self.federation.names) if local else None
+        own = self.job.privacy.client_at_sites
+        return max(self._spent(n, UNIT_CLIENT, own.delta) for n in self.federation.names) if own else None
 
     def _spent(self, name: str, unit: str, delta: float) -> float:
         return self._accounts[name].now().epsilon(unit, delta, spent_only=True)
@@ -339,7 +387,11 @@ class _Run:
         )
 
     def _summary(self, scores: Mapping[str, Any], compared: Mapping[str, Any]) -> dict[str, Any]:
-        record, local, lines = self.job.privacy.record, self.job.privacy.local, self.folder.lines("metrics.jsonl")
+        record, own, lines = (
+            self.job.privacy.record,
+            self.job.privacy.client_at_sites,
+            self.folder.lines("metrics.jsonl"),
+        )
         sites: dict[str, dict[str, Any]] = {}
         # Who took part is what the amplification counts on nobody learning.
         secret = self.release_plan is not None and self.release_plan.sampled
@@ -358,7 +410,7 @@ class _Run:
                 "delta": record.delta if record else None,
                 "steps": releases or None,
                 "rounds": None if secret else sum(name in line["contributors"] for line in lines),
-                "client": _client_claim(accounts.spent(UNIT_CLIENT), local.delta) if local else None,
+                "client": _client_claim(accounts.spent(UNIT_CLIENT), own.delta) if own else None,
             }
         central, whole = self.job.privacy.central, None
         if self._release is not None and self.release_plan is not None and central is not None:
@@ -382,11 +434,26 @@ class _Run:
                 "client": whole["epsilon"] if whole else max(whole_sites, default=None),
             },
             "client": whole,
+            "placement": self.job.privacy.client.placement if self.job.privacy.client else None,
+            "secure_aggregation": self._secure_summary(lines),
             "noise": self.federation.noise_kind if record or self.job.privacy.client else None,
-            "adjacency": ADD_OR_REMOVE_ONE if record or self.job.privacy.client else None,
+            "adjacency": self._adjacency(),
             "seconds": round(sum(line["seconds"] for line in lines), 3),
             "versions": {name: version(name) for name in ("fedchorus", "flwr", "torch", "numpy", "dp-accounting")},
         }
+
+    def _adjacency(self) -> str | None:
+        privacy = self.job.privacy
+        if privacy.distributed is not None and privacy.record is None:
+            return ZERO_OUT
+        return ADD_OR_REMOVE_ONE if privacy.record or privacy.client else None
+
+    def _secure_summary(self, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.federation.secure is None:
+            return None
+        costs = [line["secure"] for line in lines if "secure" in line]
+        mean = {key: round(sum(cost[key] for cost in costs) / len(costs), 4) for key in costs[0]} if costs else {}
+        return {**protection(self.job, self.federation.secure), **mean}
 
 
 def _client_claim(events: list[Event], delta: float) -> dict[str, Any]:

@@ -236,18 +236,25 @@ class ClientPrivacy(Protection):
     """Client-level differential privacy: each client's whole update is clipped to `clip_norm`.
 
     `central`: the server adds the noise to the sum, once, and is trusted with it. `local`: each client adds it to its
-    own update. `noise`: fresh in each round, or correlated over rounds (central only, needs cohort.separation).
+    own update. `distributed`: each client adds a share, and secure aggregation shows only the sum. `shares` is how
+    those are distributed. `noise`: fresh in each round, or correlated over rounds (central only, needs
+    cohort.separation).
     """
 
-    placement: Literal["central", "local"] = "central"
+    placement: Literal["central", "local", "distributed"] = "central"
+    shares: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"
     noise: Literal["independent", "banded", "bsr", "blt"] = "independent"
     adaptive_clip: AdaptiveClip | None = None
 
     @model_validator(mode="after")
     def _can_be_done(self) -> Self:
-        if self.placement == "local" and self.noise != "independent":
+        if self.placement != "central" and self.noise != "independent":
             raise ValueError('correlated noise needs placement = "central": one place must remember it')
-        if self.adaptive_clip is not None and (self.placement == "local" or self.noise != "independent"):
+        if self.shares != "discrete-gaussian" and self.placement != "distributed":
+            raise ValueError('shares is for placement = "distributed": nothing else is added up from shares')
+        if self.placement == "distributed" and self.clipping == "per-layer":
+            raise ValueError('placement = "distributed" rotates the whole vector: it needs clipping = "flat"')
+        if self.adaptive_clip is not None and (self.placement != "central" or self.noise != "independent"):
             raise ValueError('adaptive_clip needs placement = "central" and noise = "independent"')
         if self.clipping == "per-layer" and self.noise != "independent":
             raise ValueError('clipping = "per-layer" needs noise = "independent"')
@@ -271,9 +278,49 @@ class Privacy(Section):
         return self.client if self.client is not None and self.client.placement == "local" else None
 
     @property
+    def distributed(self) -> ClientPrivacy | None:
+        """Client-level privacy by the shares of noise that all clients add."""
+        return self.client if self.client is not None and self.client.placement == "distributed" else None
+
+    @property
+    def client_at_sites(self) -> ClientPrivacy | None:
+        """Client-level privacy by noise that does not come from the server: each site charges itself."""
+        return self.client if self.central is None else None
+
+    @property
     def at_sites(self) -> list[Protection]:
         """What the sites protect, and therefore keep a ledger of."""
-        return [own for own in (self.record, self.local) if own is not None]
+        return [own for own in (self.record, self.client_at_sites) if own is not None]
+
+
+class SecureAggregation(Section):
+    """Sum updates so that the server sees the sum and nothing else, even if it lies.
+
+    The server may be in league with `colluders` of the sites, and `dropouts` of those asked may fail in a round (by
+    default as many as the threshold of two thirds leaves). Each number of an update travels in `bits`; its size is at
+    most `reach`. `groups` are summed apart, so that a `reduce` other than the sum can leave out groups that lie.
+    `retries` is how often a round whose masked update already left may be run again.
+    """
+
+    colluders: Annotated[int, Field(ge=0, lt=2**15)] = 1
+    dropouts: Annotated[int, Field(ge=0, lt=2**15)] | None = None
+    graph: Literal["complete", "regular"] = "complete"
+    bits: Literal[16, 20, 32] = 32
+    reach: Positive | None = None
+    groups: Count = 1
+    reduce: Literal["sum", "median", "trimmed-mean"] = "sum"
+    retries: Annotated[int, Field(ge=0, lt=100)] = 0
+
+    @model_validator(mode="after")
+    def _groups_and_reduction(self) -> Self:
+        if (self.groups == 1) != (self.reduce == "sum"):
+            raise ValueError(
+                "groups and reduce go together: a median or trimmed mean is taken over three or more groups' sums, and "
+                "groups whose sums are only added up would hide each site among fewer others for nothing"
+            )
+        if self.groups == 2:
+            raise ValueError("two groups have no majority: use three or more, or one")
+        return self
 
 
 class SiteMix(Section):
@@ -333,6 +380,7 @@ class Job(Section):
     training: Training
     cohort: Cohort = Cohort()
     privacy: Privacy = Privacy()
+    secure_aggregation: SecureAggregation | None = None
     simulation: Simulation = Simulation()
 
     @model_validator(mode="after")
@@ -349,6 +397,7 @@ class Job(Section):
         if self.data.bundled is not None and self.simulation.partition is None:
             raise ValueError("data.bundled needs a [simulation.partition]: it has no sites of its own")
         self._check_client_privacy()
+        self._check_secure_aggregation()
         return self
 
     def _check_client_privacy(self) -> None:
@@ -375,6 +424,43 @@ class Job(Section):
                 "cohort.minimum: with central client-level privacy an empty cohort is released like any other, since "
                 "a run that ended would tell who took part; leave it out"
             )
+
+    def _check_secure_aggregation(self) -> None:
+        secure = self.secure_aggregation
+        if secure is None:
+            if self.privacy.distributed is not None:
+                raise ValueError(
+                    'privacy.client.placement = "distributed" needs [secure_aggregation]: without it the server would '
+                    "see each update under its own share of the noise alone"
+                )
+            return
+        if self.cohort.rate is not None:
+            raise ValueError(
+                "secure_aggregation shows the sites who takes part with them: cohort.rate counts on nobody seeing "
+                "that; use cohort.size, or leave both out"
+            )
+        if self.privacy.central is not None:
+            raise ValueError(
+                'secure_aggregation with privacy.client.placement = "central" would still trust the server with the '
+                'noise; use placement = "distributed", whose noise the server cannot take away'
+            )
+        if secure.groups > 1 and self.cohort.size is not None:
+            raise ValueError(
+                "secure_aggregation.groups are the same in all rounds, as sums over changing groups would show "
+                "differences: they need every site in every round; leave out cohort.size"
+            )
+        if secure.retries and self.privacy.at_sites:
+            raise ValueError(
+                "secure_aggregation.retries is for jobs without privacy; with it each retry is a new release: use "
+                "spare_rounds of privacy.record or privacy.client"
+            )
+        if secure.bits < 32 and secure.reach is None and self.privacy.distributed is None:
+            raise ValueError(
+                f"secure_aggregation.bits = {secure.bits} leaves few steps: give reach, the largest size of a number "
+                "in a weighted update"
+            )
+        if self.privacy.distributed is not None and secure.reach is not None:
+            raise ValueError("secure_aggregation.reach: distributed noise finds its own from clip_norm; leave it out")
 
     @property
     def least_answers(self) -> int:

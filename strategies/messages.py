@@ -1,17 +1,20 @@
 """What server and clients say to each other, and the checks at the trust boundary.
 
-A message is a small JSON header and one flat float32 vector. Headers carry a version, and what is checked once here
-is trusted behind it. Vectors never enter an error.
+A message is a small JSON header and one flat array: a float32 vector, or the masked words of a secure sum. Headers
+carry a version, and what is checked once here is trusted behind it. Vectors never enter an error.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from privacy.errors import FedchorusError
 from privacy.ledger import Head
@@ -62,6 +65,39 @@ class Refusal:
     round_number: int
 
 
+Stage = Literal["advertise", "share", "mask", "agree", "reveal", "forget"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the server's messages of a secure sum: `body` is `privacy.secagg`'s. With `mask` comes the request to
+    train; `forget` says that the session is over."""
+
+    job: str
+    round_number: int
+    stage: Stage
+    body: bytes = field(repr=False)
+    ask: Ask | None = None
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A site's answer to a step; after `mask` with its masked words (uint8) and its ledger's newest head."""
+
+    site: str
+    job: str
+    round_number: int
+    stage: Stage
+    body: bytes = field(repr=False)
+    words: Words = field(default_factory=lambda: np.zeros(0, np.uint8), repr=False)
+    head: Head | None = None
+
+
+Request = Ask | Step
+Answer = Reply | Refusal | Stepped
+Words = NDArray[np.uint8]
+
+
 def ask_for(job: str, round_number: int, model: Vector, witness: str | None, clip_norm: float | None = None) -> Ask:
     return Ask(job, round_number, model, vector_hash(model), witness, clip_norm)
 
@@ -88,6 +124,14 @@ def check_reply(reply: Reply, *, ask: Ask, site: str, layout: Layout) -> None:
         raise MalformedMessage("the weight is not positive")
 
 
+def check_stepped(answer: Stepped, *, step: Step, site: str) -> None:
+    """At the server: refuse an answer of another site, job, round or stage. What it holds is `privacy.secagg`'s."""
+    if answer.site != site:
+        raise MalformedMessage("the answer carries another site's name")
+    if (answer.job, answer.round_number, answer.stage) != (step.job, step.round_number, step.stage):
+        raise MalformedMessage("the answer is for another job, round or stage")
+
+
 def _check_vector(vector: object, size: int, what: str) -> None:
     if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (size,):
         found = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
@@ -99,42 +143,107 @@ def _check_vector(vector: object, size: int, what: str) -> None:
         raise MalformedMessage(f"{what} is not finite")
 
 
-def header(message: Ask | Reply | Refusal) -> str:
-    """The JSON header of a message; its vector travels beside it."""
+NOTHING = np.zeros(0, np.float32)
+
+
+def flat_array(message: Request | Answer) -> Vector | Words:
+    """The array that travels beside a message's header."""
     match message:
         case Ask():
-            fields: dict[str, Any] = {
-                "model_hash": message.model_hash,
-                "witness": message.witness,
-                "clip_norm": message.clip_norm,
-            }
+            return message.model
+        case Reply():
+            return message.contribution
+        case Step():
+            return NOTHING if message.ask is None else message.ask.model
+        case Stepped():
+            return message.words
+        case Refusal():
+            return NOTHING
+
+
+def header(message: Request | Answer) -> str:
+    """The JSON header of a message; its array travels beside it."""
+    match message:
+        case Ask():
+            fields = _ask_fields(message)
         case Reply():
             fields = {"site": message.site, "head": message.head}
         case Refusal():
             fields = {"site": message.site}
+        case Step():
+            ask = None if message.ask is None else _ask_fields(message.ask)
+            fields = {"stage": message.stage, "body": _text(message.body), "ask": ask}
+        case Stepped():
+            fields = {"site": message.site, "stage": message.stage, "body": _text(message.body), "head": message.head}
     kind = type(message).__name__.lower()
     return json.dumps({"v": VERSION, "kind": kind, "job": message.job, "round": message.round_number, **fields})
 
 
-def parse_ask(text: str, vector: Vector) -> Ask:
+def _ask_fields(ask: Ask) -> dict[str, Any]:
+    return {"model_hash": ask.model_hash, "witness": ask.witness, "clip_norm": ask.clip_norm}
+
+
+def parse_request(text: str, array: Vector | Words) -> Request:
     """Raises `MalformedMessage`; the model itself is checked by `check_ask`."""
-    fields = _parse(text, {"ask": {"model_hash", "witness", "clip_norm"}})
-    witness, clip_norm = fields["witness"], fields["clip_norm"]
-    if not _is_digest(fields["model_hash"]) or not (witness is None or _is_digest(witness)):
+    ask_keys = {"model_hash", "witness", "clip_norm"}
+    fields = _parse(text, {"ask": ask_keys, "step": {"stage", "body", "ask"}})
+    if fields["kind"] == "ask":
+        return _ask(fields, fields, array)
+    asked = fields["ask"]
+    if asked is not None and (not isinstance(asked, dict) or set(asked) != ask_keys):
+        raise MalformedMessage("the header's request to train has other keys than one has")
+    if (fields["stage"] == "mask") != (asked is not None):
+        raise MalformedMessage("a request to train comes with the stage mask, and with no other")
+    ask = None if asked is None else _ask(fields, asked, array)
+    return Step(fields["job"], fields["round"], _stage(fields["stage"]), _body(fields["body"]), ask)
+
+
+def _ask(fields: dict[str, Any], asked: dict[str, Any], array: Vector | Words) -> Ask:
+    witness, clip_norm = asked["witness"], asked["clip_norm"]
+    if not _is_digest(asked["model_hash"]) or not (witness is None or _is_digest(witness)):
         raise MalformedMessage("the header's model_hash or witness is not a SHA-256 in hexadecimal")
     if clip_norm is not None and not (type(clip_norm) is float and 0 < clip_norm < float("inf")):
         raise MalformedMessage("the header's clip_norm is not a finite number > 0")
-    return Ask(fields["job"], fields["round"], vector, fields["model_hash"], witness, clip_norm)
+    if array.dtype != np.float32:
+        raise MalformedMessage("the model is not float32")
+    return Ask(fields["job"], fields["round"], array.view(np.float32), asked["model_hash"], witness, clip_norm)
 
 
-def parse_answer(text: str, vector: Vector) -> Reply | Refusal:
-    """Raises `MalformedMessage`; the contribution itself is checked by `check_reply`."""
-    fields = _parse(text, {"reply": {"site", "head"}, "refusal": {"site"}})
+def parse_answer(text: str, array: Vector | Words) -> Answer:
+    """Raises `MalformedMessage`; the array itself is checked by `check_reply` or the secure sum."""
+    kinds = {"reply": {"site", "head"}, "refusal": {"site"}, "stepped": {"site", "stage", "body", "head"}}
+    fields = _parse(text, kinds)
     if not isinstance(fields["site"], str):
         raise MalformedMessage("the header's site is not a string")
-    if fields["kind"] == "refusal":
-        return Refusal(fields["site"], fields["job"], fields["round"])
-    return Reply(fields["site"], fields["job"], fields["round"], vector, _head(fields["head"]))
+    site, job, number = fields["site"], fields["job"], fields["round"]
+    match fields["kind"]:
+        case "refusal":
+            return Refusal(site, job, number)
+        case "reply":
+            return Reply(site, job, number, array, _head(fields["head"]))  # type: ignore[arg-type]  # `check_reply`.
+        case _:
+            if array.dtype != np.uint8:
+                raise MalformedMessage("the masked words are not bytes")
+            stage, body = _stage(fields["stage"]), _body(fields["body"])
+            return Stepped(site, job, number, stage, body, array.view(np.uint8), _head(fields["head"]))
+
+
+def _stage(value: Any) -> Stage:
+    if value not in get_args(Stage):
+        raise MalformedMessage("the header's stage is not one of a secure sum")
+    stage: Stage = value
+    return stage
+
+
+def _text(body: bytes) -> str:
+    return base64.b64encode(body).decode("ascii")
+
+
+def _body(value: Any) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        raise MalformedMessage("the header's body is not base64") from None
 
 
 def _parse(text: str, kinds: dict[str, set[str]]) -> dict[str, Any]:

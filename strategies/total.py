@@ -40,6 +40,10 @@ class Total:
         """Add one contribution ((layout.size,) float32) in place; the caller may reuse its memory afterwards."""
         np.add(self._sum, contribution, out=self._sum)
 
+    def add_sum(self, contributions: NDArray[np.float64]) -> None:
+        """Add what a whole cohort added up to elsewhere ((layout.size,) float64)."""
+        np.add(self._sum, contributions, out=self._sum)
+
     @classmethod
     def of(cls, layout: Layout, update: NDArray[np.float64], weight: float) -> Total:
         """A total of `update` ((P,) float64) and `weight`, its metric sums zero."""

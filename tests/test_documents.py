@@ -26,6 +26,7 @@ def test_the_job_reference_names_every_key() -> None:
         "strategy",
         "training",
         "cohort",
+        "secure_aggregation",
     }
     missing = {".".join([*table, key]) for table, key in known_keys() if key not in sections and f"`{key}" not in text}
     assert not missing
@@ -54,6 +55,15 @@ def test_the_makefile_has_every_target_that_the_documents_name() -> None:
 def test_links_between_documents_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_test_that_the_threat_model_names_exists() -> None:
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs" / "threat-model.md").read_text())
+    assert len(named) > 30
+    for file, test in named:
+        found = [path.read_text() for path in (ROOT / "tests").glob(f"**/{file}")]
+        assert found, file
+        assert not test or any(f"def {test}(" in text for text in found), f"{file} has no {test}"
 
 
 def test_the_example_job_is_valid() -> None:

@@ -20,7 +20,7 @@ from privacy.ledger import Entry, read_ledger
 from privacy.noise import NoiseSource, SeededNoise
 from strategies.catalogue import strategy_for
 from strategies.job import Job
-from strategies.messages import Ask, MalformedMessage, Refusal, Reply, ask_for
+from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, ask_for
 from strategies.parameters import Vector, vector_hash
 from strategies.total import Layout
 from tests.strategies.jobs import make_job
@@ -48,7 +48,7 @@ def make_files(folder: Path) -> Files:
     folder.mkdir(exist_ok=True)
     if not (folder / "identity.pem").exists():
         IdentityKey.create(folder / "identity.pem")
-    return Files(folder / "ledger.jsonl", folder / "identity.pem", folder / "outbox.bin")
+    return Files.within(folder, ledger=folder / "ledger.jsonl")
 
 
 def make_site(
@@ -80,7 +80,7 @@ def ask(job: Job, round_number: int = 1, model: list[float] | None = None) -> As
     return ask_for(job.hash, round_number, np.array(model or [0.5, -0.5, 0.25, 0.0], np.float32), None)
 
 
-def contribution(answer: Reply | Refusal) -> Vector:
+def contribution(answer: Answer) -> Vector:
     assert isinstance(answer, Reply)
     return answer.contribution
 
@@ -255,6 +255,7 @@ class TestSitePlan:
         plan = plan_for(PRIVATE)
         assert plan.sgd is not None
         (event,) = plan.events
+        assert isinstance(event, GaussianEvent)
         assert (plan.sgd.sampling_rate, plan.sgd.steps) == (event.sampling_rate, event.count) == (1.0, 2)
         assert plan.sgd.mechanism.noise_multiplier == event.noise_multiplier == 4.0
         assert plan.sgd.mechanism.clip_norm == event.clip_norm == 1.0

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,18 @@ import privacy.audit
 from privacy.accountant import bounds, epsilon, epsilon_pld, rdp_at
 from privacy.audit import Audit, audit_run
 from privacy.budget import Accounts, Filter, Limit, SiteBudget
+from privacy.distributed_sum import DistributedSum
 from privacy.errors import RunError
-from privacy.events import CorrelatedEvent, Event, GaussianEvent
+from privacy.events import CorrelatedEvent, DistributedEvent, Event, GaussianEvent
 from privacy.keys import IdentityKey
 from privacy.ledger import SERVER, Entry, Ledger, digest_of, read_ledger
 from privacy.prv import Bounds
+from privacy.secagg.roster import Member, Roster
+from privacy.secure_claims import SecurePromise
+from simulations.scenarios import scenario_path
+from strategies.job import load_job
+from strategies.secure import SecureSum
+from strategies.total import Layout
 
 SITES = ("bank-a", "bank-b", "bank-c")
 DELTA, LIMIT, ROUNDS = 1e-5, 8.0, 3
@@ -43,9 +51,21 @@ CORRELATED = CorrelatedEvent(
     dimension=10,
     rng="os",
 )
+SHARES = DistributedSum.plan(
+    mechanism="discrete_gaussian", parameters=10, clients=3, cohort=3, clip_norm=1.0, noise_multiplier=5.0, bits=20
+).event(count=1, rng="os")
 OPENING = 'name = "small"\n\n[training]\nrounds = 3\nlocal_steps = 4\nsampling_rate = 1.0\n'
 OF_RECORDS = "\n[privacy.record]\nepsilon = 8.0\ndelta = 1e-05\nclip_norm = 1.0\n"
 OF_CLIENTS = "\n[privacy.client]\nepsilon = 8.0\ndelta = 1e-05\nclip_norm = 1.0\nplacement = "
+OF_SHARES = f'{OF_CLIENTS}"distributed"\nshares = "discrete-gaussian"\n'
+SECURELY = """
+[secure_aggregation]
+colluders = 0
+graph = "complete"
+bits = 20
+groups = 1
+reduce = "sum"
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +75,15 @@ class Kind:
     toml: str
     at_sites: tuple[Event, ...] = ()
     at_server: tuple[Event, ...] = ()
+
+    @property
+    def securely(self) -> bool:
+        return "[secure_aggregation]" in self.toml
+
+    @property
+    def shared(self) -> bool:
+        """Whether noise comes in shares."""
+        return any(isinstance(event, DistributedEvent) for event in self.at_sites)
 
     @property
     def units(self) -> set[str]:
@@ -74,6 +103,9 @@ BANDED = Kind(f'{OPENING}\n[cohort]\nseparation = 2\n{OF_CLIENTS}"central"\nnois
 BOTH = Kind(f'{OPENING}{OF_RECORDS}{OF_CLIENTS}"central"\n', (EVENT,), (WHOLE,))
 LOCAL = Kind(f'{OPENING}{OF_CLIENTS}"local"\n', (WHOLE,))
 BOTH_LOCAL = Kind(f'{OPENING}{OF_RECORDS}{OF_CLIENTS}"local"\n', (EVENT, WHOLE))
+SECURE = Kind(RECORD.toml + SECURELY, (EVENT,))
+SHARED = Kind(OPENING + OF_SHARES + SECURELY, (SHARES,))
+BOTH_SHARED = Kind(OPENING + OF_RECORDS + OF_SHARES + SECURELY, (EVENT, SHARES))
 KINDS = {
     "record": RECORD,
     "central": CENTRAL,
@@ -82,9 +114,15 @@ KINDS = {
     "both": BOTH,
     "local": LOCAL,
     "both, local": BOTH_LOCAL,
+    "record, securely": SECURE,
+    "shares": SHARED,
+    "both, shares": BOTH_SHARED,
 }
 TOML = RECORD.toml.encode()
 JOB = hashlib.sha256(TOML).hexdigest()
+# What `simulate` says of the secure sums of three sites of which none colludes: two others hold each one's shares.
+SUMS = {"groups": 1, "reduce": "sum", "sites_in_a_sum": 3, "fewest_in_a_sum": 3, "colluders": 0, "hidden_among": 3,
+        "threshold": 2, "neighbours": 2, "dropouts": 0, "bits": 20}  # fmt: skip
 # Entries of each ledger: 0 open, 1 plan, then reserve and commit of each round: 2 and 3, 4 and 5, 6 and 7.
 
 
@@ -133,6 +171,13 @@ class Run:
 
     def write_lines(self, name: str, records: list[dict[str, Any]]) -> None:
         (self.path / name).write_text("".join(json.dumps(r, separators=(",", ":")) + "\n" for r in records))
+
+    def convene(self, keys: Mapping[str, str]) -> None:
+        """Let everybody sign who takes part."""
+        roster = Roster("small", 1, tuple(Member(slot, name, keys[name]) for slot, name in enumerate(keys, start=1)))
+        for name in keys:
+            roster = roster.signed_by(self.key(name), name)
+        roster.save(self.path / "participants.json")
 
     def pinned(self, site: str) -> str:
         roster = self.read("roster.json")
@@ -243,6 +288,8 @@ class Run:
                     "client": max(wholes.values(), default=None),
                 },
                 "client": claim,
+                **({"secure_aggregation": SUMS} if self.kind.securely else {}),
+                **({"adjacency": "zero_out"} if self.kind == SHARED else {}),
             },
         )
 
@@ -273,6 +320,8 @@ def begin(
     keys = {name: IdentityKey.create(path / "private" / name / "identity.pem").public_hex for name in run.names}
     server = {"server": keys.pop(SERVER)} if kind.at_server else {}
     run.write("roster.json", {"v": 1, "sites": keys, **server})
+    if kind.securely:
+        run.convene(keys)
     for name in run.names:
         run.plan(name, limit=limit, simulation=simulation)
     return run
@@ -364,7 +413,7 @@ class TestAnHonestRun:
         run = copy(kind)
         audit = audit_run(run.path)
         assert [str(finding) for finding in audit.findings] == []
-        assert bool(audit.notices) == (kind == "central")
+        assert bool(audit.notices) == (kind == "central" or run.kind.shared)
         report = audit.as_dict()["epsilon"]
         for unit in ("record", "client"):
             spent = [run.cost(name, unit) for name in run.names if unit in run.units(name)]
@@ -375,8 +424,9 @@ class TestAnHonestRun:
             assert {spending.unit for spending in ledger.spent} == run.units(ledger.site)
             for spending in ledger.spent:
                 assert spending.epsilon is not None
-                assert spending.within is not None
-                assert spending.within.lower - 1e-3 <= spending.epsilon.pld <= spending.within.upper + 1e-3
+                assert (spending.within is None) == (run.kind.shared and spending.unit == "client")
+                if spending.within is not None:
+                    assert spending.within.lower - 1e-3 <= spending.epsilon.pld <= spending.within.upper + 1e-3
                 assert spending.claimed == spending.epsilon.pld
 
     def test_with_central_noise_a_round_in_which_nobody_took_part_is_in_order(self, tmp_path: Path) -> None:
@@ -1039,7 +1089,7 @@ def forget_a_client_s_claim(run: Run) -> None:
     run.write("summary.json", summary)
 
 
-@pytest.mark.parametrize("kind", ["local", "both, local"])
+@pytest.mark.parametrize("kind", ["local", "both, local", "shares", "both, shares"])
 @pytest.mark.parametrize(
     ("tamper", "site", "why"),
     [
@@ -1311,6 +1361,21 @@ PLANNED: list[tuple[str, str, Callable[[dict[str, Any]], Any], int, str]] = [
     ("banded", SERVER, event("rounds", 2), 1, "plans rounds 2 for a client, job.toml says 3"),
     ("local", "bank-b", event("sampling", RATE), 1, "plans sampling rate 0.1 for a client, job.toml says 1.0"),
     ("both, local", "bank-b", event("clip_norm", 0.1, 1), 1, "plans clip_norm 0.1 for a client, job.toml says 1.0"),
+    ("shares", "bank-b", event("clients", 4), 1, "plans clients 4 for a client, job.toml says 3"),
+    ("shares", "bank-b", event("clients", 2), 1, "plans clients 2 for a client, job.toml says 3"),
+    ("shares", "bank-b", event("clip_norm", 0.1), 1, "plans clip_norm 0.1 for a client, job.toml says 1.0"),
+    ("shares", "bank-b", event("beta", 0.9), 1, "plans beta 0.9 for a client"),
+    ("shares", "bank-b", event("count", 2), 1, "plans count 2 for a client, job.toml says 1"),
+    ("shares", "bank-b", event("rng", "seeded-simulation"), 1, "plans rng seeded-simulation"),
+    ("shares", "bank-b", event("mechanism", "distributed_skellam"), 1, "plans mechanism distributed_skellam"),
+    ("shares", "bank-b", event("adjacency", "add_or_remove_one"), 1, "plans adjacency add_or_remove_one"),
+    ("shares", "bank-b", planned("events", [WHOLE.as_dict()]), 1, "plans mechanism gaussian for a client"),
+    ("shares", "bank-b", event("granularity", SHARES.granularity / 2), 1, "plans granularity"),
+    ("shares", "bank-b", event("dimension", 12), 1, "plans dimension 12 for a client, job.toml and 3 sites make it 16"),
+    ("shares", "bank-b", event("local_scale", SHARES.local_scale / 8), 1, "admits a job over its budget"),
+    ("shares", "bank-b", event("local_scale", SHARES.local_scale * 2), 1, "plans granularity"),
+    ("both, shares", "bank-b", event("clients", 4, 1), 1, "plans clients 4 for a client, job.toml says 3"),
+    ("both, shares", "bank-b", event("clip_norm", 0.1), 1, "plans clip_norm 0.1 for a record, job.toml says 1.0"),
 ]
 
 
@@ -1322,6 +1387,156 @@ def test_a_ledger_plans_what_the_job_says(
     audit = audit_run(run.path)
     assert found(audit, victim, entry, why), [str(finding) for finding in audit.findings]
     assert not any(f.site not in (victim, None) for f in audit.findings)
+
+
+def promising(job: str, sites: int = 3) -> SecurePromise:
+    return SecurePromise(tomllib.loads(job), sites)
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_noise_that_the_job_gives_by_hand_is_the_noise_of_the_shares(tmp_path: Path, factor: float) -> None:
+    given = SHARED.toml.replace("epsilon = 8.0", "noise_multiplier = 5.0")
+    kind = Kind(given, SHARED.at_sites)
+    run = begin(tmp_path / "run", kind, limit=None)
+    run.play_all()
+    run.conclude()
+    audit = audit_run(run.path)
+    assert not any("plans" in f.why for f in audit.findings), [str(f) for f in audit.findings]
+    other = resigned(tmp_path / "other", kind, "bank-b", event("local_scale", SHARES.local_scale * factor))
+    assert found(audit_run(other.path), "bank-b", 1, "plans local_scale")
+
+
+# n sites, the most dropouts that the threshold floor(2 (n - 1) / 3) + 1 leaves, n_C colluders: the fewest honest
+# survivors are n - D - n_C. Complete graphs; the last has 10 sites in three groups, of which two must be summed.
+@pytest.mark.parametrize(
+    ("sites", "secure", "cohort", "honest", "least"),
+    [
+        (5, {"colluders = 0": "colluders = 1"}, "", 3, 4),
+        (20, {"colluders = 0": "colluders = 4"}, "", 10, 14),
+        (20, {"colluders = 0": "colluders = 4\ndropouts = 1"}, "", 15, 19),
+        (20, {}, "size = 5", 4, 4),
+        (20, {}, "size = 5\nminimum = 5", 5, 5),
+        (10, {"groups = 1": "groups = 3", '"sum"': '"median"'}, "", 3, 6),
+    ],
+)
+def test_the_fewest_that_a_job_allows_by_hand(
+    sites: int, secure: dict[str, str], cohort: str, honest: int, least: int
+) -> None:
+    job = SHARED.toml + (f"\n[cohort]\n{cohort}\n" if cohort else "")
+    for before, after in secure.items():
+        job = job.replace(before, after)
+    promise = promising(job, sites)
+    assert (promise.honest, promise.least_answers) == (honest, least)
+
+
+def test_the_promise_is_what_the_sites_of_a_job_work_out_themselves() -> None:
+    for overrides in (
+        ["secure_aggregation={bits=20}"],
+        ["secure_aggregation={groups=3,reduce='median',colluders=0,bits=20}"],
+        ["secure_aggregation={dropouts=3,bits=20}", "cohort.size=12"],
+        ["secure_aggregation={dropouts=3,graph='regular',colluders=2,bits=20}", "cohort.minimum=40"],
+    ):
+        shares = "placement='distributed',shares='skellam',noise_multiplier=3.0,delta=1e-3,clip_norm=0.5"
+        rest = ["privacy.record=none", "strategy.weighting=equal", f"privacy.client={{{shares}}}"]
+        job = load_job(scenario_path("hospitals"), [*overrides, *rest])
+        sums = SecureSum.make(job, sites=50, layout=Layout(31))
+        assert sums.distributed is not None
+        planned = sums.distributed.event(count=1, rng="os").as_dict()
+        promise = promising(job.toml.decode(), 50)
+        assert {**planned, **promise.event()} == planned
+        assert list(promise.differences(planned)) == []
+        assert promise.shape == sums.shape
+
+
+def state(key: str, value: object, site: str | None = "bank-b") -> Callable[[Run], None]:
+    def tamper(run: Run) -> None:
+        summary = run.read("summary.json")
+        (summary if site is None else summary["sites"][site])[key] = value
+        run.write("summary.json", summary)
+
+    return tamper
+
+
+def claim_of_sums(key: str, value: object) -> Callable[[Run], None]:
+    def tamper(run: Run) -> None:
+        run.write("summary.json", {**run.read("summary.json"), "secure_aggregation": {**SUMS, key: value}})
+
+    return tamper
+
+
+def change_participants(change: Callable[[dict[str, Any]], Any]) -> Callable[[Run], None]:
+    def tamper(run: Run) -> None:
+        record = run.read("participants.json")
+        change(record)
+        run.write("participants.json", record)
+
+    return tamper
+
+
+def leave_one_out_of_the_participants(run: Run) -> None:
+    run.convene({site: key for site, key in run.read("roster.json")["sites"].items() if site != "bank-b"})
+
+
+def add_a_participant_of_ones_own(run: Run) -> None:
+    key = IdentityKey.create(run.path / "private" / "ghost" / "identity.pem").public_hex
+    run.convene({**run.read("roster.json")["sites"], "ghost": key})
+
+
+def give_a_participant_another_key(run: Run) -> None:
+    (run.path / "private" / "bank-b" / "identity.pem").unlink()
+    key = IdentityKey.create(run.path / "private" / "bank-b" / "identity.pem").public_hex
+    run.convene({**run.read("roster.json")["sites"], "bank-b": key})
+
+
+@pytest.mark.parametrize("kind", ["record, securely", "shares", "both, shares"])
+@pytest.mark.parametrize(
+    ("tamper", "site", "why"),
+    [
+        (claim_of_sums("hidden_among", 4), None, "claims hidden_among 4 of its secure sums, job.toml makes it 3"),
+        (claim_of_sums("colluders", 1), None, "claims colluders 1 of its secure sums"),
+        (claim_of_sums("threshold", 3), None, "claims threshold 3"),
+        (claim_of_sums("reduce", "median"), None, "claims reduce 'median'"),
+        (state("secure_aggregation", [], None), None, ""),
+        (remove("participants.json"), None, "the roster cannot be read"),
+        (change_participants(lambda record: record["signatures"].pop("bank-b")), None, "bank-b has not signed it"),
+        (change_participants(lambda record: record["body"].update(version=2)), None, "signature is not over this"),
+        (leave_one_out_of_the_participants, "bank-b", "keeps a ledger, but participants.json leaves it out"),
+        (add_a_participant_of_ones_own, "ghost", "is in participants.json, but not in the roster"),
+        (give_a_participant_another_key, "bank-b", "has another key in participants.json than in the roster"),
+        (in_every_line("metrics.jsonl", lambda line: line["contributors"].remove("bank-b")), None,
+         "round 1 counts 2 updates, its job needs 3"),
+    ],
+)  # fmt: skip
+def test_what_a_run_says_of_its_secure_sums_is_held_against_its_job_and_its_participants(
+    copy: Copies, kind: str, tamper: Callable[[Run], None], site: str | None, why: str
+) -> None:
+    run = copy(kind)
+    tamper(run)
+    audit = audit_run(run.path)
+    strictly_json(audit)
+    assert not why or found(audit, site, None, why), [str(finding) for finding in audit.findings]
+
+
+@pytest.mark.parametrize(("kind", "claimed"), [("shares", "add_or_remove_one"), ("both, shares", "zero_out")])
+def test_the_adjacency_is_the_records_or_else_that_of_the_shares(copy: Copies, kind: str, claimed: str) -> None:
+    run = copy(kind)
+    state("adjacency", claimed, None)(run)
+    assert found(audit_run(run.path), None, None, f"claims adjacency '{claimed}', the events say")
+
+
+def test_a_run_without_secure_aggregation_claims_none(copy: Copies) -> None:
+    run = copy("record")
+    state("secure_aggregation", SUMS, None)(run)
+    assert found(audit_run(run.path), None, None, "claims secure aggregation; job.toml asks for none")
+
+
+def test_sums_that_no_site_would_have_agreed_to_are_a_finding(tmp_path: Path) -> None:
+    kind = Kind(SHARED.toml.replace("colluders = 0", "colluders = 1"), SHARED.at_sites)
+    audit = audit_run(begin(tmp_path / "run", kind).path)
+    assert any("at least 4 sites are needed" in finding.why for finding in audit.findings)
+    broken = Kind(SHARED.toml.replace("groups = 1", "groups = 0"), SHARED.at_sites)
+    audit = audit_run(begin(tmp_path / "broken", broken).path)
+    assert any("groups must be 1 or more" in finding.why for finding in audit.findings)
 
 
 @pytest.mark.parametrize(("kind", "victim"), [("record", "bank-b"), ("central", SERVER)])
@@ -1435,15 +1650,6 @@ def invent_a_site(run: Run) -> None:
     summary = run.read("summary.json")
     summary["sites"]["mayo"] = {"epsilon": 0.1, "delta": 1e-9}
     run.write("summary.json", summary)
-
-
-def state(key: str, value: object, site: str | None = "bank-b") -> Callable[[Run], None]:
-    def tamper(run: Run) -> None:
-        summary = run.read("summary.json")
-        (summary if site is None else summary["sites"][site])[key] = value
-        run.write("summary.json", summary)
-
-    return tamper
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Whatever a cohort answers, the total is the sum of its sound contributions, and every other site is named."""
 
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from privacy.ledger import Head
 from server.collect import Collected, Failure, PlainCollector
-from strategies.messages import Ask, Refusal, Reply, ask_for
+from strategies.messages import Refusal, Reply, Request, Stepped, ask_for
 from strategies.total import Layout, Total
 
 JOB = "ab" * 32
 LAYOUT = Layout(3, ("loss",))
 ASK = ask_for(JOB, 4, np.zeros(3, np.float32), None)
-Answer = Reply | Refusal | Failure
+Answer = Reply | Refusal | Stepped | Failure
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Scripted:
 
     answers: Sequence[tuple[str, Answer]]
 
-    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+    def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer]]:
         yield from self.answers
 
 
@@ -55,6 +55,7 @@ def test_sums_the_contributions_in_whatever_order_they_come() -> None:
 
 BAD: list[tuple[Answer, str]] = [
     (Refusal("a", JOB, 4), "refused"),
+    (Stepped("a", JOB, 4, "mask", b""), "malformed reply: it belongs to a secure sum"),
     (Refusal("somebody", "no job", -1), "refused"),
     (Failure("a", "dropped out"), "dropped out"),
     (replace(reply("a"), site="b"), "malformed reply: the reply carries another site's name"),
@@ -127,7 +128,7 @@ class TestAttendance:
 
     def test_a_transport_that_breaks_is_not_hidden(self) -> None:
         class Broken:
-            def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+            def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer]]:
                 yield "a", reply("a")
                 raise ConnectionError("gone")
 
@@ -166,9 +167,9 @@ class OneBuffer:
 
     parameters: int
 
-    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Answer]]:
+    def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer]]:
         buffer = np.empty(self.parameters + 1, np.float32)
-        for number, site in enumerate(sites):
+        for number, (site, ask) in enumerate(requests.items()):
             buffer.fill(number % 7 + 1)
             yield site, Reply(site, ask.job, ask.round_number, buffer, None)
 

@@ -1,6 +1,6 @@
 """The round loop adds up its cohort, keeps what it recorded, and goes on where it stopped as if it never had."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from server.release import PlainRelease
 from server.rounds import RoundResult, heads_line, run_rounds
 from strategies.fedavg import FedAvg
 from strategies.job import Job
-from strategies.messages import Ask, Refusal, Reply
+from strategies.messages import Answer, Ask, Reply, Request
 from strategies.parameters import Vector
 from strategies.protocol import ServerState
 from strategies.total import Layout
@@ -35,9 +35,12 @@ class Clinics:
     silent: Mapping[int, set[str]] = field(default_factory=dict)  # By round: who does not answer.
     asked: list[tuple[Ask, list[str]]] = field(default_factory=list)
 
-    def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
-        self.asked.append((ask, list(sites)))
-        for site in sites:
+    def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
+        for ask in list(requests.values())[:1]:
+            assert isinstance(ask, Ask)
+            self.asked.append((ask, list(requests)))
+        for site, ask in requests.items():
+            assert isinstance(ask, Ask)
             if site in self.silent.get(ask.round_number, set()):
                 yield site, Failure(site, "dropped out")
                 continue
@@ -243,9 +246,9 @@ class TestFailures:
 
     def test_a_diverged_model_is_neither_recorded_nor_kept(self) -> None:
         class Exploding(Clinics):
-            def exchange(self, ask: Ask, sites: Sequence[str]) -> Iterator[tuple[str, Reply | Refusal | Failure]]:
-                for site, answer in super().exchange(ask, sites):
-                    if isinstance(answer, Reply) and ask.round_number == 3:
+            def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
+                for site, answer in super().exchange(requests):
+                    if isinstance(answer, Reply) and answer.round_number == 3:
                         # Sound by itself: the mean of such updates is what leaves float32.
                         answer.contribution[:] = [1e38, 1e38, 1e-10]
                     yield site, answer

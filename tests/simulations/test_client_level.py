@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 
 from privacy.accountant import epsilon_pld
@@ -20,8 +22,11 @@ from privacy.errors import BudgetExceeded, FedchorusError, LedgerError
 from privacy.events import GaussianEvent
 from privacy.keys import IdentityKey
 from privacy.ledger import Ledger
+from simulations.planning import JobPlan
+from simulations.progress import RoundTable, print_summary
 from simulations.run_folder import RunFolder
 from simulations.scenarios import scenario_path
+from simulations.secure_sums import who_saw_what
 from simulations.simulate import Watcher, resume_run, start_run
 from strategies.fedavg import FedAvg
 from strategies.job import load_job
@@ -31,6 +36,7 @@ from strategies.total import Total
 
 SMALL = ["simulation.partition.clients=40", "training.rounds=4", "simulation.baselines=false"]
 SEEDED = 'simulation.noise="seeded"'
+SHARES = ["cohort.rate=none", "privacy.client.placement=distributed"]
 KINDS = {
     "both units": [],
     "clients alone, by secret coins": ["privacy.record=none", "cohort.rate=0.3"],
@@ -41,7 +47,12 @@ KINDS = {
     "local noise alone": ["cohort.rate=none", "privacy.client.placement=local", "privacy.record=none"],
     "banded noise": ["cohort.rate=none", "cohort.separation=2", "privacy.client.noise=banded"],
     "buffered noise": ["cohort.rate=none", "cohort.separation=2", "privacy.client.noise=blt", "privacy.record=none"],
-}
+    "shares of noise": [*SHARES, "secure_aggregation={}", "simulation.partition.clients=6"],
+    "shares alone, in groups": [
+        *SHARES, "privacy.record=none", "secure_aggregation={groups=3,reduce='median',bits=20}",
+        "privacy.client.shares=skellam", "simulation.partition.clients=13",
+    ],
+}  # fmt: skip
 
 
 def simulate(
@@ -71,7 +82,7 @@ def test_a_run_of_every_kind_states_what_it_spent_and_the_audit_finds_the_same(k
     assert (summary["epsilon"]["record"] is None) == alone
     if not alone:
         assert found["record"] == pytest.approx(summary["epsilon"]["record"])
-    central = "privacy.client.placement=local" not in KINDS[kind]
+    central = not any(setting.startswith("privacy.client.placement=") for setting in KINDS[kind])
     assert (summary["client"] is not None) == central == (tmp_path / "run" / "server.jsonl").exists()
     assert 0 < summary["epsilon"]["client"] <= 8.0 or kind == "the noise is given"
     report = (tmp_path / "run" / "report.html").read_text()
@@ -79,6 +90,32 @@ def test_a_run_of_every_kind_states_what_it_spent_and_the_audit_finds_the_same(k
     assert "a whole site" in report
     assert "Client-level (epsilon, delta)-differential privacy" in card
     assert ("Record-level" in card) != alone
+    shared = kind.startswith("shares")
+    assert (summary["secure_aggregation"] is not None) == shared == ("What the server saw" in report)
+    assert ("under zero-out of a client" in card) == shared == ("not trusted with" in report)
+    assert summary["adjacency"] == ("zero_out" if shared and alone else "add_or_remove_one")
+
+
+@pytest.mark.parametrize("kind", ["shares of noise", "shares alone, in groups"])
+def test_what_was_planned_of_secure_sums_is_what_the_run_says_of_them(kind: str, tmp_path: Path) -> None:
+    summary = simulate(tmp_path / "run", *KINDS[kind], "training.rounds=1")
+    assert summary is not None
+    planned = JobPlan.of(load_job(scenario_path("devices"), [*SMALL, *KINDS[kind], "training.rounds=1"])).secure
+    said = {key: value for key, value in summary["secure_aggregation"].items() if key != "seconds"}
+    assert said == pytest.approx(planned, abs=1e-3)
+    table = io.StringIO()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    console = Console(file=table, width=200)
+    with RoundTable(console, rounds=1, title="a run") as rounds:
+        rounds.add(lines[0])
+    heads, figures = table.getvalue().splitlines()[1:]
+    assert heads.endswith("KB up  sum (s)")
+    cost = lines[0]["secure"]
+    assert figures.split()[-2:] == [f"{cost['upload_bytes'] / 1000:.1f}", f"{cost['seconds']:.2f}"]
+    print_summary(console, summary, report="report.html")
+    assert who_saw_what(summary["secure_aggregation"]) in table.getvalue()
+    assert f"{said['upload_bytes'] / 1000:.1f} KB up" in table.getvalue()
+    assert who_saw_what(summary["secure_aggregation"]) in (tmp_path / "run" / "MODEL_CARD.md").read_text()
 
 
 def test_epsilon_is_that_of_as_many_sampled_releases_as_rounds(tmp_path: Path) -> None:

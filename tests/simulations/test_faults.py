@@ -13,7 +13,19 @@ from server.collect import PlainCollector
 from simulations.faults import MALFORMATIONS, DroppedOut, FaultySite
 from simulations.inline import InlineTransport
 from strategies.job import Faults
-from strategies.messages import Ask, MalformedMessage, Refusal, Reply, ask_for, check_reply
+from strategies.messages import (
+    Answer,
+    Ask,
+    MalformedMessage,
+    Refusal,
+    Reply,
+    Request,
+    Stage,
+    Step,
+    Stepped,
+    ask_for,
+    check_reply,
+)
 from strategies.total import Layout, Total
 
 JOB = "ab" * 32
@@ -28,8 +40,12 @@ class Sound:
     name: str = "north"
     refuses: bool = False
     trained: list[int] = field(default_factory=list)
+    stepped: list[tuple[int, str]] = field(default_factory=list)
 
-    def handle(self, ask: Ask) -> Reply | Refusal:
+    def handle(self, ask: Request) -> Answer:
+        if isinstance(ask, Step):
+            self.stepped.append((ask.round_number, ask.stage))
+            return Stepped(self.name, ask.job, ask.round_number, ask.stage, b"body")
         self.trained.append(ask.round_number)
         if self.refuses:
             return Refusal(self.name, ask.job, ask.round_number)
@@ -102,6 +118,51 @@ class TestDeterminism:
 
     def test_another_seed_or_site_fails_otherwise(self) -> None:
         assert len({tuple(fates(self.FAULTS, seed=seed, number=number)) for seed in (1, 2) for number in (0, 1)}) == 4
+
+
+STAGES: tuple[Stage, ...] = ("advertise", "share", "mask", "agree", "reveal")
+
+
+def answers_of(site: FaultySite, round_number: int) -> list[str]:
+    """What becomes of each stage of one secure round: "sound", "malformed" or "gone"."""
+    seen = []
+    for stage in STAGES:
+        asked = ask(round_number) if stage == "mask" else None
+        try:
+            answer = site.handle(Step(JOB, round_number, stage, b"", asked))
+        except DroppedOut:
+            seen.append("gone")
+            continue
+        assert isinstance(answer, Stepped)
+        seen.append("sound" if answer.body == b"body" else "malformed")
+    return seen
+
+
+class TestSecureRounds:
+    def test_a_site_drops_out_at_every_stage_and_stays_away_for_the_round(self) -> None:
+        site = FaultySite(Sound(), 0, Faults(dropout=0.99), 1)
+        drawn = [answers_of(site, n) for n in range(1, 300)]
+        assert {each.index("gone") for each in drawn if "gone" in each} == set(range(5))
+        assert all("sound" not in each[each.index("gone") :] for each in drawn if "gone" in each)
+
+    def test_some_that_drop_out_have_done_their_work(self) -> None:
+        inner = Sound()
+        site = FaultySite(inner, 0, Faults(dropout=0.99), 1)
+        gone = [(n, STAGES[each.index("gone")]) for n in range(1, 200) if "gone" in (each := answers_of(site, n))]
+        assert {(n, stage) in inner.stepped for n, stage in gone} == {True, False}
+
+    def test_what_is_malformed_is_so_at_one_stage(self) -> None:
+        site = FaultySite(Sound(), 0, Faults(malformed=0.99), 1)
+        drawn = [answers_of(site, n) for n in range(1, 200)]
+        assert {tuple(each).index("malformed") for each in drawn if "malformed" in each} == set(range(5))
+        assert all(each.count("malformed") <= 1 and "gone" not in each for each in drawn)
+
+    def test_every_site_hears_that_a_session_is_over(self) -> None:
+        inner = Sound()
+        site = FaultySite(inner, 0, Faults(dropout=0.99), 1)
+        for n in range(1, 50):
+            site.handle(Step(JOB, n, "forget", b""))
+        assert len(inner.stepped) == 49
 
 
 class TestMalformations:

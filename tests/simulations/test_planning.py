@@ -21,12 +21,18 @@ from fedchorus import main
 from privacy.accountant import bounds, epsilon
 from privacy.errors import DataError, FedchorusError, JobError, UnsupportedEvent
 from privacy.events import GaussianEvent
+from privacy.secagg.client import InMemory, SecureClient
+from privacy.secagg.roster import Member, Roster
+from privacy.secagg.server import SecureServer
 from simulations.calculator import calculate
 from simulations.cautions import cautions
 from simulations.plan_view import as_record, print_plan
 from simulations.planning import JobPlan, Setting, parameter_count, training_rows
 from simulations.scenarios import scenario_path
+from simulations.secure_sums import lying_groups
 from strategies.job import Job, check_job, load_job
+from strategies.secure import SecureSum, groups_of
+from tests.privacy.secagg.federation import Remembered, identity
 
 MIX = {f"s{number}": {"rows": 400 + 4 * number, "positive": 0.5} for number in range(3)}
 RECORD = {"noise_multiplier": 4.0, "delta": 1e-5}
@@ -63,6 +69,8 @@ def only(job: Job) -> Setting:
 
 
 EIGHT = {"simulation__partition__mix": clients(8)}
+SHARES = {**CLIENT, "placement": "distributed"}
+SECURELY: dict[str, Any] = {"secure_aggregation": {}}
 
 
 def codes(**changes: Any) -> set[str]:
@@ -253,8 +261,12 @@ class TestWhatAJobWouldCost:
              "privacy.client.spare_rounds=2"],
             ["privacy.record=none", 'strategy.weighting="equal"', "privacy.client.delta=1e-3", "cohort.separation=3",
              "privacy.client.epsilon=5.0", 'privacy.client.noise="banded"'],
+            ["secure_aggregation={}"],
+            ["privacy.record=none", 'strategy.weighting="equal"', "privacy.client.delta=1e-3",
+             "secure_aggregation={dropouts=0,bits=20}", 'privacy.client.placement="distributed"',
+             "privacy.client.epsilon=5.0", "privacy.client.spare_rounds=2", "cohort.size=4"],
         ],
-        ids=["target", "epochs", "batches", "local", "central", "banded"],
+        ids=["target", "epochs", "batches", "local", "central", "banded", "securely", "shares"],
     )  # fmt: skip
     def test_the_plan_is_what_the_run_will_charge(self, overrides: list[str]) -> None:
         from simulations.federation import Federation
@@ -356,6 +368,8 @@ class TestWhatAJobWouldCost:
             ({"privacy__client": CLIENT, **EIGHT}, 4 / 8, 1 / math.sqrt(8)),
             ({"privacy__client": CLIENT, "cohort__rate": 0.5, **EIGHT}, 4 / 4, 1 / 2),
             ({"privacy__client": {**CLIENT, "placement": "local"}, "cohort__size": 4, **EIGHT}, 4 * 2 / 4, 1 / 2),
+            # Noise 4 of five honest survivors (8, of whom two may fail and one colludes), with the shares of all eight.
+            ({"privacy__client": SHARES, **SECURELY, **EIGHT}, 4 * math.sqrt(8 / 5) / 8, 1 / math.sqrt(8)),
         ],
     )
     def test_the_error_of_the_mean_by_hand(
@@ -364,6 +378,7 @@ class TestWhatAJobWouldCost:
         plan = JobPlan.of(make_job(**changes))
         (setting,) = as_record(plan, [])["settings"]
         error = setting["error_of_the_mean"]
+        # Rounding to a grid of 32 bits makes an update longer by less than a millionth.
         assert error["noise_per_coordinate"] == pytest.approx(per_coordinate)
         assert error["noise_l2"] == pytest.approx(per_coordinate * math.sqrt(3))
         assert error["sampling_l2_bound"] == pytest.approx(sampling)
@@ -406,7 +421,7 @@ class HalfFrozen:
 class TestWhatCouldBeChanged:
     @settings(max_examples=6, deadline=None)
     @given(
-        noise=st.floats(1.0, 20.0),
+        noise=st.floats(2.0, 20.0),  # With less no epsilon is stated for the most rounds here.
         rounds=st.integers(1, 60),
         rate=st.sampled_from([0.05, 0.3, 0.8, 1.0]),
         unit=st.sampled_from(["record", "client"]),
@@ -464,6 +479,19 @@ class TestWhatCouldBeChanged:
         plan = JobPlan.of(make_job(privacy__client={**CLIENT, "noise": "banded"}, cohort__separation=2))
         assert list(plan.tables["client"]) == ["noise_multiplier"]
 
+    def test_of_noise_in_shares_noise_and_rounds_are_varied_as_the_accountant_prices_them(self) -> None:
+        plan = JobPlan.of(make_job(privacy__client=SHARES, **SECURELY, **EIGHT))
+        table = plan.tables["client"]
+        assert list(table) == ["noise_multiplier", "rounds"]
+        assert (plan.settings[0].cost.exact, plan.settings[0].within) == (None, None)
+        for knob, changes in (
+            ("noise_multiplier", {"privacy__client__noise_multiplier": 8.0}),
+            ("rounds", {"training__rounds": 20}),
+        ):
+            other = only(make_job(**{"privacy__client": SHARES, **SECURELY, **EIGHT, **changes}))
+            (found,) = [v for v in table[knob] if v.value == pytest.approx(changes[next(iter(changes))])]
+            assert found.epsilon == pytest.approx(other.cost.pld, rel=1e-6)
+
     def test_noise_that_no_mechanism_takes_is_not_offered(self) -> None:
         protection = {**RECORD, "noise_multiplier": 0.2}
         table = JobPlan.of(
@@ -477,6 +505,13 @@ QUIET_CLIENTS: dict[str, Any] = {
     "privacy__client": {"noise_multiplier": 1.5, "delta": 1e-5},
     "cohort__rate": 0.5,
     "simulation__partition__mix": clients(100),
+}
+
+
+QUIET_SHARES: dict[str, Any] = {
+    "privacy__client": {**SHARES, "delta": 1e-3},
+    "secure_aggregation": {},
+    "simulation__partition__mix": clients(20),
 }
 
 
@@ -502,6 +537,14 @@ class TestWarnings:
             ("no_amplification", {**QUIET_CLIENTS, "cohort__rate": None}, QUIET_CLIENTS),
             ("no_amplification", {**QUIET_CLIENTS, "cohort__rate": None, "privacy__client__placement": "local"},
              QUIET_CLIENTS),
+            ("no_amplification", QUIET_SHARES, QUIET_CLIENTS),
+            ("delta_large", {**QUIET_SHARES, "privacy__client__delta": 0.0051},
+             {**QUIET_SHARES, "privacy__client__delta": 0.0049}),
+            ("epsilon_large", {**QUIET_SHARES, "privacy__client__noise_multiplier": 0.5}, QUIET_SHARES),
+            # Noise 4 * sqrt(3) of 12 honest survivors or more; with all shares a little above it.
+            ("cohort_too_small", {**QUIET_SHARES, **EIGHT}, QUIET_SHARES),
+            ("over_budget", {**QUIET_SHARES, "privacy__client__epsilon": 1.0},
+             {**QUIET_SHARES, "privacy__client__epsilon": 9.0}),
             ("correlated_better", {**QUIET_CLIENTS, "cohort__rate": None, "cohort__size": 20},
              {**QUIET_CLIENTS, "cohort__rate": None, "cohort__separation": 5, "privacy__client__noise": "banded"}),
             ("correlated_better", {**QUIET_CLIENTS, "cohort__rate": None, "cohort__size": 20},
@@ -523,6 +566,15 @@ class TestWarnings:
     def test_a_sound_job_has_none(self) -> None:
         assert codes(**QUIET) == set()
         assert codes(**QUIET_CLIENTS) <= {"correlated_better"}
+
+    def test_why_nothing_is_amplified_in_a_secure_sum(self) -> None:
+        plan = JobPlan.of(make_job(**QUIET_SHARES))
+        (caution,) = [c for c in cautions(plan) if c.code == "no_amplification"]
+        assert "the sites of a secure sum see each other" in caution.text
+        assert 'placement = "central" (a trusted server) with cohort.rate = 0.5' in caution.text
+        sampled = {**CLIENT, "noise_multiplier": only(make_job(**QUIET_SHARES)).noise_multiplier, "delta": 1e-3}
+        central = only(make_job(privacy__client=sampled, cohort__rate=0.5, simulation__partition__mix=clients(20)))
+        assert caution.limit == pytest.approx(central.cost.pld, rel=2e-3)
 
     def test_a_refused_delta_is_not_also_called_large(self) -> None:
         assert codes(**{**QUIET, "privacy__record__delta": 0.01}) == {"delta_refused"}
@@ -589,9 +641,10 @@ class TestWhatIsShown:
         given = answer("hospitals", "--set", "privacy.record.epsilon=none",
                        "--set", "privacy.record.noise_multiplier=1.0")  # fmt: skip
         assert set(given) == {
-            "job", "rounds", "sites", "rows", "parameters", "settings", "settings_left_out", "tables", "warnings",
-            "seconds",
+            "job", "rounds", "sites", "rows", "parameters", "settings", "settings_left_out", "secure_aggregation",
+            "tables", "warnings", "seconds",
         }  # fmt: skip
+        assert given["secure_aggregation"] is None
         assert (given["job"], given["rounds"], given["sites"], given["parameters"]) == ("hospitals", 30, 5, 31)
         assert given["rows"]["country-practice"] == 33
         (setting,) = given["settings"]
@@ -635,6 +688,123 @@ class TestWhatIsShown:
     def test_errors_of_the_job_are_one_line(self) -> None:
         with pytest.raises(FedchorusError, match="no such data file"):
             JobPlan.of(make_job(simulation__partition={"clients": 3}))
+
+
+class TestSecureSums:
+    """What is planned of them is what the sites agree on and what a run then counts."""
+
+    def test_the_figures_by_hand(self) -> None:
+        # n = 8, one colludes: t = floor(2 * 7 / 3) + 1 = 5 of 7 holders, 2 may fail. Up: 3 parameters, 32 bits each, in
+        # a block of 16 bytes, and the weight; an advert of 196, shares of 32 + 94 * 7, a proof of 30, a signature of
+        # 66, a reveal of 32 + 34 * 7.
+        figures = JobPlan.of(make_job(privacy__client=SHARES, **SECURELY, **EIGHT)).secure
+        assert figures is not None
+        expected = {"groups": 1, "reduce": "sum", "sites_in_a_sum": 8, "fewest_in_a_sum": 6, "colluders": 1,
+                    "hidden_among": 5, "threshold": 5, "neighbours": 7, "dropouts": 2, "bits": 32,
+                    "upload_bytes": 16 + 8 + 356 + 128 * 7}  # fmt: skip
+        assert {key: figures[key] for key in expected} == expected
+        assert set(figures) == {*expected, "download_bytes"}
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"privacy__client": SHARES, "secure_aggregation": {}},
+            {"secure_aggregation": {"bits": 20, "reach": 100.0}},
+            {"secure_aggregation": {"groups": 3, "reduce": "median", "colluders": 0}},
+            {"secure_aggregation": {"colluders": 0, "dropouts": 0}, "cohort__size": 5},
+        ],
+        ids=["shares", "no privacy", "groups", "cohorts"],
+    )
+    def test_the_bytes_are_those_that_a_first_round_moves(self, changes: dict[str, Any]) -> None:
+        from client.site import layout_for
+
+        job = make_job(**changes, simulation__partition__mix=clients(11))
+        planned = JobPlan.of(job).secure
+        assert planned is not None
+        sums = SecureSum.make(job, sites=11, layout=layout_for(job, 3))
+        assert planned["sites_in_a_sum"] == sums.shape.clients
+        assert (planned["upload_bytes"], planned["download_bytes"]) == first_round(job, sums, sorted(clients(11)))
+
+    def test_a_sum_that_cannot_be_is_refused_in_the_words_of_the_run(self) -> None:
+        from simulations.federation import Federation
+
+        job = load_job(scenario_path("hospitals"), ["secure_aggregation={colluders=3}"])
+        with pytest.raises(JobError, match="at least 6 sites are needed") as run:
+            Federation.load(job)
+        with pytest.raises(JobError) as plan:
+            JobPlan.of(job)
+        assert str(plan.value) == str(run.value)
+
+    def test_a_person_reads_who_is_hidden_among_whom_and_what_it_takes(self) -> None:
+        told = shown(make_job(privacy__client=SHARES, **SECURELY, **EIGHT))
+        assert "the server sees one sum of 8 sites a round and no update by itself" in told
+        assert "hidden among at least 5 honest ones, itself included, even with 1 of them in league" in told
+        assert "2 of 8 sites may fail in a round; any 5 of a site's 7 neighbours together" in told
+        assert "32 bits a number, 1.3 KB up" in told
+        assert "shares are sized for 5 honest survivors and charged for theirs alone" in told
+        assert "zero-out" in told
+        assert "groups" not in told
+
+    def test_groups_say_that_a_site_is_hidden_in_its_group_and_how_many_may_lie(self) -> None:
+        told = shown(make_job(secure_aggregation={"groups": 3, "reduce": "median", "colluders": 0},
+                              simulation__partition__mix=clients(11)))  # fmt: skip
+        assert "a sum for each of 3 groups of 3 sites or one more" in told
+        assert "at least 3 honest ones of its group, not of all, itself included" in told
+        assert "in league" not in told
+        assert "the median of the groups' means tolerates up to 1 lying groups of 3" in told
+        assert "Not private" in told
+
+    @pytest.mark.parametrize(
+        ("groups", "reduce", "lying"),
+        # A median of 2 k + 1 is between honest values while k lie; a quarter, at least one, is cut off at each end.
+        [(1, "sum", 0), (3, "median", 1), (4, "median", 1), (9, "median", 4), (3, "trimmed-mean", 1),
+         (8, "trimmed-mean", 2), (12, "trimmed-mean", 3), (None, "median", 0), (3, None, 0)],
+    )  # fmt: skip
+    def test_how_many_groups_may_lie(self, groups: Any, reduce: Any, lying: int) -> None:
+        assert lying_groups({"groups": groups, "reduce": reduce}) == lying
+
+
+def first_round(job: Job, sums: SecureSum, names: list[str]) -> tuple[float, float]:
+    """Let everyone who is asked sum zeros, and count the mean bytes of a site's answers and of what it was sent."""
+    roster = Roster(job.name, 1, tuple(Member(s, name, identity(s).public_hex) for s, name in enumerate(names, 1)))
+    terms, asked, up, down = sums.terms(job, roster), names[: job.cohort.size], 0, 0
+    for group in groups_of(job, asked):
+        slots = [roster.member(name).slot for name in group]
+        server = SecureServer(terms, roster, members=slots, round_number=1, model="cd" * 32)
+        each = {
+            slot: SecureClient(
+                roster.slot(slot).name,
+                identity=identity(slot),
+                roster=roster,
+                terms=terms,
+                journal=Remembered(),
+                store=InMemory(),
+            )
+            for slot in slots
+        }
+        messages = dict.fromkeys(slots, server.proposal)
+        for stage, ended in (("advertise", server.cohort), ("share", server.boxes), ("mask", server.survivors),
+                             ("agree", server.evidence), ("reveal", dict)):  # fmt: skip
+            for slot, message in messages.items():
+                if stage == "mask":
+                    each[slot].admit(message, round_number=1, model="cd" * 32)
+                    words = sums.ring.zeros()
+                    answer = each[slot].mask(words)
+                    server.add_masked(slot, answer, words)
+                    up += words.nbytes
+                else:
+                    answer = getattr(each[slot], stage)(message)
+                    add = {"advertise": "advert", "share": "shares", "agree": "agreement", "reveal": "reveal"}[stage]
+                    getattr(server, f"add_{add}")(slot, answer)
+                up, down = up + len(answer), down + len(message)
+            messages = ended()
+    return up / len(asked), down / len(asked)
+
+
+def shown(job: Job) -> str:
+    plan, out = JobPlan.of(job), io.StringIO()
+    print_plan(Console(file=out, width=140), plan, cautions(plan), seconds=0.1)
+    return out.getvalue()
 
 
 def test_a_plan_needs_neither_torch_nor_pandas_where_the_job_says_its_rows(tmp_path: Path) -> None:

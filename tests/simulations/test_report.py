@@ -66,6 +66,25 @@ def run(sites: list[str] | int = 3, rounds: int = 4, private: bool = True) -> di
     return {"job_toml": 'name = "hospitals"\n', "summary": summary, "rounds": entries}
 
 
+SUMS = {"groups": 1, "reduce": "sum", "sites_in_a_sum": 31, "fewest_in_a_sum": 22, "colluders": 4, "hidden_among": 18,
+        "threshold": 21, "neighbours": 30, "dropouts": 9, "bits": 20, "upload_bytes": 123456.0,
+        "download_bytes": 7890.0, "seconds": 0.4321}  # fmt: skip
+
+
+def secure_run(placement: str | None = None, private: bool = True, **sums: Any) -> dict[str, Any]:
+    """The same run with its updates summed securely, and with noise for whole sites where it has a `placement`."""
+    case = run(private=private)
+    case["summary"] |= {"secure_aggregation": {**SUMS, **sums}}
+    for entry in case["rounds"]:
+        entry["secure"] = {"upload_bytes": 1000.0 * entry["round"] + 7e6, "download_bytes": 1.0, "seconds": 3.25}
+    if placement is not None:
+        case["job_toml"] += f'[privacy.client]\nplacement = "{placement}"\n'
+        case["summary"]["epsilon"]["client"] = 3.0
+        for site in case["summary"]["sites"].values():
+            site["client"] = {"epsilon": 3.0, "epsilon_rdp": 3.0, "delta": 1e-3}
+    return case
+
+
 class Page(HTMLParser):
     """Reads a page as a browser would and refuses unbalanced tags."""
 
@@ -231,6 +250,71 @@ def test_a_client_level_bound_alone_is_not_called_not_private() -> None:
     assert "Unit one site" in text
 
 
+def test_says_what_the_server_saw_and_what_that_took() -> None:
+    page = Page(render_report(**secure_run()))
+    assert "The server sees one sum of 31 sites a round and no update by itself" in page.text
+    assert "fewer than 22 is never shown" in page.text
+    assert "hidden among at least 18 honest ones, itself included, even with 4 of them in league" in page.text
+    for fact in ("Sites in a sum 31", "Fewest in a sum that is shown 22", "in league with the server up to 4",
+                 "Honest sites to hide among 18 at least", "Sites that may fail in a round 9",
+                 "A site's masks any 21 of 30 peers", "Bits a number 20", "Sent by a site in a round 123.5 KB",
+                 "Sent to it, besides the model 7.9 KB", "Time in a round 0.43 s"):  # fmt: skip
+        assert fact in page.text
+    assert "Groups" not in page.text
+    assert "share of the noise" not in page.text
+    heads = ["Round", "Loss", "Accuracy", "Worst site", "Contributors", "ε (largest)", "ε (site)", "Seconds", "KB up",
+             "Secure sum (s)", "Failures"]  # fmt: skip
+    assert page.row("Round", 11) == heads
+    assert page.row("2", 11)[7:10] == ["0.12", "7,002.0", "3.25"]
+
+
+def test_groups_hide_a_site_in_its_group_and_say_how_many_may_lie() -> None:
+    text = Page(render_report(**secure_run(groups=7, reduce="trimmed-mean"))).text
+    assert "a sum for each of 7 groups of 31 sites or one more" in text
+    assert "18 honest ones of its group, not of all, itself included" in text
+    assert "Lying groups tolerated 1" in text
+    assert "The trimmed mean of the groups' means tolerates up to 1 lying groups of 7." in text
+    assert "Groups 7, combined by trimmed mean" in text
+
+
+def test_a_run_without_secure_sums_does_not_speak_of_them() -> None:
+    text = Page(render_report(**run())).text
+    assert "What the server saw" not in text
+    assert "KB" not in text
+
+
+def test_noise_in_shares_is_for_zero_out_and_trusts_the_server_with_nothing() -> None:
+    page = Page(render_report(**secure_run("distributed", private=False) | {"rounds": []}))
+    assert "the server is not trusted with the noise" in page.text
+    assert "“zero out”: its updates become zero, while who takes part is public" in page.text
+    assert "whether it took part" not in page.text
+    assert "ε = 3.00 at δ = 0.001" in page.text
+    local = Page(render_report(**secure_run("local", private=False)))
+    assert "not trusted" not in local.text
+    assert "zero out" not in local.text
+
+
+@pytest.mark.parametrize(
+    ("placement", "said"),
+    [
+        ("distributed", "add or remove one (a record), zero out (a site)"),
+        ("local", "add or remove one"),
+    ],
+)
+def test_each_unit_has_its_own_adjacency(placement: str, said: str) -> None:
+    page = Page(render_report(**secure_run(placement)))
+    assert f"Adjacency {said} Noise" in page.text
+    assert page.row("site-1", 9)[8] == "add or remove one"  # The table of sites is of records.
+    assert "the adjacency is “add or remove one”" in page.text
+
+
+def test_secure_sums_without_noise_are_not_called_private() -> None:
+    text = Page(render_report(**secure_run(private=False))).text
+    assert "This run was not private: the sums of updates are exact." in text
+    assert "so no bound holds on what sums of updates tell about a site's rows" in text
+    assert "every update left its site exact" not in text
+
+
 def test_every_site_and_every_round_has_its_rows() -> None:
     page = Page(render_report(**run(60, 30)))
     site = ["site-30", "150", "record", "1.50", "10⁻⁵", "1.1", "0.16", "120", "add or remove one"]
@@ -282,15 +366,19 @@ def _with_every_figure(tree: Any, value: object) -> Any:
 
 
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD.keys())
-def test_missing_and_infinite_figures_are_shown_as_such(value: object) -> None:
-    case = run()
+@pytest.mark.parametrize("case", [run, secure_run], ids=["plain", "secure"])
+def test_missing_and_infinite_figures_are_shown_as_such(case: Any, value: object) -> None:
+    case = case()
     case["summary"] = _with_every_figure(case["summary"], value)
     case["rounds"] = [_with_every_figure(entry, value) for entry in case["rounds"]]
     source = render_report(**case)
     page = Page(source)
     shown = {math.inf: "∞", -math.inf: "−∞"}.get(value, "-") if isinstance(value, float) else "-"
     assert page.row("site-1", 9)[3:8] == [shown] * 5
-    assert page.row("2", 9)[1:3] == [shown, shown]
+    (second,) = (row for row in page.rows if row[0] == "2")
+    assert second[1:3] == [shown, shown]
+    if len(second) > 9:
+        assert second[8:10] == [shown, shown]
     assert not re.search(r"\b(nan|inf|None|many)\b", page.text)
     assert drawings(source)
 

@@ -253,11 +253,16 @@ EVERY_SECTION: dict[str, Any] = raw_job(
 )
 
 
+SECURE: dict[str, Any] = raw_job(secure_aggregation={})
+"""What [secure_aggregation] cannot go with stands in the other."""
+
+
 @pytest.mark.parametrize(("table", "key"), sorted(set(known_keys())), ids=lambda value: str(value))
 def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...], key: str) -> None:
     chosen = {"columns": "x", "mix": "north"}
     parent = [chosen[table[i - 1]] if name == "*" else name for i, name in enumerate(table)]
-    raw = check_job(EVERY_SECTION, where="a test").model_dump(mode="json", exclude_none=True)
+    job = SECURE if "secure_aggregation" in (*table, key) else EVERY_SECTION
+    raw = check_job(job, where="a test").model_dump(mode="json", exclude_none=True)
     inner = raw
     for name in parent:
         inner = inner[name]
@@ -446,6 +451,7 @@ class TestHash:
 BUNDLED = ["data.path=none", "data.client=none", "data.bundled=breast-cancer"]
 FILES = ["data.path=none", "data.client=none"]
 CLIENT = ["strategy.weighting=equal", "privacy.client={epsilon=1, delta=1e-5}"]
+SUMS = "secure_aggregation={}"
 VARIANTS: list[list[str]] = [
     [],
     ["name=other"],
@@ -499,6 +505,18 @@ VARIANTS: list[list[str]] = [
     [*CLIENT, "privacy.client.spare_rounds=2"],
     [*CLIENT, "privacy.client.clipping=per-layer"],
     [*CLIENT, "privacy.client.placement=local"],
+    [*CLIENT, "privacy.client.placement=distributed", "secure_aggregation={}"],
+    [*CLIENT, "privacy.client.placement=distributed", "secure_aggregation={}", "privacy.client.shares=skellam"],
+    [SUMS],
+    [SUMS, "secure_aggregation.colluders=2"],
+    [SUMS, "secure_aggregation.dropouts=2"],
+    [SUMS, "secure_aggregation.graph=regular"],
+    [SUMS, "secure_aggregation.reach=2"],
+    [SUMS, "secure_aggregation.reach=2", "secure_aggregation.bits=16"],
+    [SUMS, "secure_aggregation.groups=3", "secure_aggregation.reduce=median"],
+    [SUMS, "secure_aggregation.groups=4", "secure_aggregation.reduce=median"],
+    [SUMS, "secure_aggregation.groups=4", "secure_aggregation.reduce=trimmed-mean"],
+    [SUMS, "secure_aggregation.retries=1"],
     [*CLIENT, "privacy.client.noise=bsr", "cohort.separation=2"],
     [*CLIENT, "privacy.client.noise=blt", "cohort.separation=2"],
     [*CLIENT, "privacy.client.noise=blt", "cohort.separation=3"],
@@ -543,18 +561,75 @@ def sections_of(section: BaseModel) -> Iterator[BaseModel]:
 
 
 def test_no_key_of_a_job_can_be_assigned_or_removed() -> None:
-    job = check_job(EVERY_SECTION, where="a test")
-    before, seen = job.hash, 0
-    for section in sections_of(job):
-        for name in type(section).model_fields:
-            seen += 1
-            with pytest.raises(ValidationError, match="frozen"):
-                setattr(section, name, getattr(section, name))
-            with pytest.raises(ValidationError, match="frozen"):
-                delattr(section, name)
-    assert seen == len(list(known_keys()))
-    assert job.hash == before
-    assert Job.model_validate(EVERY_SECTION).hash == before
+    seen: set[tuple[type[BaseModel], str]] = set()
+    for raw in (EVERY_SECTION, SECURE):
+        job = check_job(raw, where="a test")
+        before = job.hash
+        for section in sections_of(job):
+            for name in type(section).model_fields:
+                seen.add((type(section), name))
+                with pytest.raises(ValidationError, match="frozen"):
+                    setattr(section, name, getattr(section, name))
+                with pytest.raises(ValidationError, match="frozen"):
+                    delattr(section, name)
+        assert job.hash == before
+        assert Job.model_validate(raw).hash == before
+    assert len(seen) == len(list(known_keys()))
+
+
+class TestSecureAggregation:
+    """Every combination that is refused is explained."""
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"privacy": {"client": {"placement": "distributed"}}, "secure_aggregation": None}, "needs [secure_agg"),
+            ({"cohort": {"rate": 0.5}, "privacy": {"client": {}}}, "counts on nobody seeing"),
+            ({"privacy": {"client": {}}}, "would still trust the server with the noise"),
+            ({"cohort": {"size": 9}, "secure_aggregation": {"groups": 3, "reduce": "median"}}, "leave out cohort.size"),
+            ({"secure_aggregation": {"groups": 3}}, "groups and reduce go together"),
+            ({"secure_aggregation": {"reduce": "median"}}, "groups and reduce go together"),
+            ({"secure_aggregation": {"groups": 2, "reduce": "median"}}, "two groups have no majority"),
+            ({"privacy": {"record": {}}, "secure_aggregation": {"retries": 1}}, "each retry is a new release"),
+            ({"secure_aggregation": {"bits": 16}}, "give reach"),
+            ({"secure_aggregation": {"bits": 24}}, "secure_aggregation.bits"),
+            ({"secure_aggregation": {"colluders": -1}}, "greater than or equal to 0"),
+            (
+                {"privacy": {"client": {"placement": "distributed"}}, "secure_aggregation": {"reach": 1.0}},
+                "leave it out",
+            ),
+            (
+                {"privacy": {"client": {"placement": "distributed", "clipping": "per-layer"}}},
+                "rotates the whole vector",
+            ),
+            ({"privacy": {"client": {"placement": "distributed", "noise": "blt"}}}, "one place must remember it"),
+            ({"privacy": {"client": {"placement": "distributed", "adaptive_clip": {}}}}, "adaptive_clip needs"),
+            ({"privacy": {"client": {"placement": "local", "shares": "skellam"}}}, "added up from shares"),
+            ({"strategy": {"weighting": "rows"}, "privacy": {"client": {"placement": "distributed"}}}, "alike"),
+        ],
+    )
+    def test_what_cannot_work_is_refused_with_the_reason(self, changes: dict[str, Any], said: str) -> None:
+        spent = {"delta": 1e-5, "epsilon": 1.0}
+        privacy = {unit: {**spent, **own} for unit, own in changes.get("privacy", {}).items()}
+        base = {"strategy": {"weighting": "equal"}, "secure_aggregation": {}}
+        with pytest.raises(JobError) as caught:
+            make_job(**{**base, **changes, "privacy": privacy})
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"privacy": {"record": {"delta": 1e-5, "epsilon": 1.0}}},
+            {"privacy": {"client": {"delta": 1e-5, "epsilon": 1.0, "placement": "distributed"}}},
+            {"privacy": {"client": {"delta": 1e-5, "noise_multiplier": 1.0, "placement": "local"}}},
+            {"cohort": {"size": 9, "minimum": 7}},
+            {"secure_aggregation": {"groups": 5, "reduce": "trimmed-mean"}},
+        ],
+    )
+    def test_what_can_work_is_taken(self, changes: dict[str, Any]) -> None:
+        job = make_job(**{"strategy": {"weighting": "equal"}, "secure_aggregation": {}, **changes})
+        assert job.secure_aggregation is not None
 
 
 class TestTraining:

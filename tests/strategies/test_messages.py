@@ -4,7 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,16 +13,23 @@ from hypothesis import strategies as st
 
 from privacy.ledger import Head
 from strategies.messages import (
+    Answer,
     Ask,
     MalformedMessage,
     Refusal,
     Reply,
+    Request,
+    Stage,
+    Step,
+    Stepped,
     ask_for,
     check_ask,
     check_reply,
+    check_stepped,
+    flat_array,
     header,
     parse_answer,
-    parse_ask,
+    parse_request,
 )
 from strategies.parameters import Vector, vector_hash
 from strategies.total import Layout
@@ -36,6 +43,8 @@ CONTRIBUTION: Vector = np.array([1.0, SECRET, 3.0, 20.0, 0.25], np.float32)
 ASK = ask_for(JOB, 7, MODEL, "cd" * 32)
 REPLY = Reply("north", JOB, 7, CONTRIBUTION, Head(4, "ef" * 32))
 REFUSAL = Refusal("north", JOB, 7)
+STEP = Step(JOB, 7, "mask", b"\x01\x02", ASK)
+STEPPED = Stepped("north", JOB, 7, "mask", b"\x03\x04", np.array([1, 2, 3], np.uint8), Head(4, "ef" * 32))
 
 rounds = st.integers(-(10**30), 10**30)
 heads = st.none() | st.builds(Head, st.integers(0, 10**30), st.text())
@@ -43,23 +52,52 @@ digests = st.text("0123456789abcdef", min_size=64, max_size=64)
 asks = st.builds(Ask, st.text(), rounds, st.just(MODEL), digests, st.none() | digests)
 replies = st.builds(Reply, st.text(), st.text(), rounds, st.just(CONTRIBUTION), heads)
 refusals = st.builds(Refusal, st.text(), st.text(), rounds)
+stages: st.SearchStrategy[Stage] = st.sampled_from(get_args(Stage))
+WORDS = np.array([3, 1, 4, 1, 5], np.uint8)
 
 
-def content(message: Ask | Reply | Refusal) -> dict[str, Any]:
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    stage, job, number = draw(stages), draw(st.text()), draw(rounds)
+    asked = Ask(job, number, MODEL, draw(digests), draw(st.none() | digests)) if stage == "mask" else None
+    return Step(job, number, stage, draw(st.binary()), asked)
+
+
+stepped = st.builds(Stepped, st.text(), st.text(), rounds, stages, st.binary(), st.just(WORDS), heads)
+
+
+def content(message: Request | Answer) -> dict[str, Any]:
     """A message's fields, its vector by identity: arrays do not compare as one truth value."""
-    return {f.name: id(v) if isinstance(v := getattr(message, f.name), np.ndarray) else v for f in fields(message)}
+
+    def comparable(value: Any) -> Any:
+        match value:
+            case np.ndarray():
+                return value.tobytes(), value.dtype
+            case Ask():
+                return content(value)
+        return value
+
+    return {f.name: comparable(getattr(message, f.name)) for f in fields(message)}
 
 
 class TestHeader:
     @given(ask=asks)
     def test_a_request_survives_the_wire(self, ask: Ask) -> None:
-        assert content(parse_ask(header(ask), MODEL)) == content(ask)
+        assert content(parse_request(header(ask), MODEL)) == content(ask)
 
     @given(answer=replies | refusals)
     def test_an_answer_survives_the_wire(self, answer: Reply | Refusal) -> None:
         parsed = parse_answer(header(answer), CONTRIBUTION)
         assert type(parsed) is type(answer)
         assert content(parsed) == content(answer)
+
+    @given(step=steps())
+    def test_a_step_of_a_secure_sum_survives_the_wire(self, step: Step) -> None:
+        assert content(parse_request(header(step), flat_array(step))) == content(step)
+
+    @given(answer=stepped)
+    def test_an_answer_to_a_step_survives_the_wire(self, answer: Stepped) -> None:
+        assert content(parse_answer(header(answer), flat_array(answer))) == content(answer)
 
     def test_never_changes(self) -> None:
         # Pinned from the first release: sites of different versions must understand each other or say that they do not.
@@ -80,6 +118,25 @@ class TestHeader:
             "site": "north",
             "head": [4, "ef" * 32],
         }
+        assert json.loads(header(STEP)) == {
+            "v": 1,
+            "kind": "step",
+            "job": JOB,
+            "round": 7,
+            "stage": "mask",
+            "body": "AQI=",
+            "ask": {"model_hash": vector_hash(MODEL), "witness": "cd" * 32, "clip_norm": None},
+        }
+        assert json.loads(header(STEPPED)) == {
+            "v": 1,
+            "kind": "stepped",
+            "job": JOB,
+            "round": 7,
+            "site": "north",
+            "stage": "mask",
+            "body": "AwQ=",
+            "head": [4, "ef" * 32],
+        }
 
     def test_a_refusal_has_one_shape_and_room_for_no_reason(self) -> None:
         assert [field.name for field in fields(Refusal)] == ["site", "job", "round_number"]
@@ -90,11 +147,19 @@ class TestHeader:
         assert set(json.loads(header(reply))) == {"v", "kind", "job", "round", "site", "head"}
 
 
-GOOD = {"ask": json.loads(header(ASK)), "reply": json.loads(header(REPLY)), "refusal": json.loads(header(REFUSAL))}
+GOOD = {
+    "ask": json.loads(header(ASK)),
+    "reply": json.loads(header(REPLY)),
+    "refusal": json.loads(header(REFUSAL)),
+    "step": json.loads(header(STEP)),
+    "stepped": json.loads(header(STEPPED)),
+}
 PARSERS: dict[str, Callable[[str], Any]] = {
-    "ask": lambda text: parse_ask(text, MODEL),
+    "ask": lambda text: parse_request(text, MODEL),
     "reply": lambda text: parse_answer(text, CONTRIBUTION),
     "refusal": lambda text: parse_answer(text, CONTRIBUTION),
+    "step": lambda text: parse_request(text, MODEL),
+    "stepped": lambda text: parse_answer(text, STEPPED.words),
 }
 ABSENT = object()
 
@@ -133,6 +198,22 @@ class TestMalformedHeaders:
             ("ask", "witness", ABSENT, "keys"),
             ("ask", "witness", 3, "model_hash or witness"),
             ("ask", "code", "import os", "keys"),
+            ("step", "stage", "train", "stage"),
+            ("step", "stage", None, "comes with the stage mask"),
+            ("step", "stage", "share", "comes with the stage mask"),
+            ("step", "ask", None, "comes with the stage mask"),
+            ("step", "ask", {}, "other keys"),
+            ("step", "ask", [1], "other keys"),
+            ("step", "ask", {"model_hash": None, "witness": None, "clip_norm": None}, "model_hash or witness"),
+            ("step", "body", "not base64", "base64"),
+            ("step", "body", None, "base64"),
+            ("step", "body", "A", "base64"),
+            ("step", "body", 3, "base64"),
+            ("step", "code", "import os", "keys"),
+            ("stepped", "stage", ["mask"], "stage"),
+            ("stepped", "body", {}, "base64"),
+            ("stepped", "head", [4], "head"),
+            ("stepped", "loss", 0.5, "keys"),
             ("reply", "kind", "ask", "expected reply or refusal"),
             ("reply", "kind", "refusal", "keys"),
             ("reply", "site", ABSENT, "keys"),
@@ -167,7 +248,10 @@ class TestMalformedHeaders:
     @given(
         kind=st.sampled_from(sorted(PARSERS)),
         changes=st.dictionaries(
-            st.sampled_from(["v", "kind", "job", "round", "site", "head", "model_hash", "witness"]) | st.text(),
+            st.sampled_from(
+                ["v", "kind", "job", "round", "site", "head", "model_hash", "witness", "stage", "body", "ask"]
+            )
+            | st.text(),
             st.recursive(
                 st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
                 lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -296,4 +380,33 @@ class TestCheckReply:
 def test_a_site_never_signs_a_witness_that_is_no_digest(witness: object) -> None:
     text = json.dumps({**json.loads(header(ASK)), "witness": witness})
     with pytest.raises(MalformedMessage, match="SHA-256"):
-        parse_ask(text, MODEL)
+        parse_request(text, MODEL)
+
+
+class TestCheckStepped:
+    def test_an_answer_to_what_was_asked_passes(self) -> None:
+        check_stepped(STEPPED, step=STEP, site="north")
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"site": "south"}, "another site's name"),
+            ({"job": "cd" * 32}, "another job, round or stage"),
+            ({"round_number": 6}, "another job, round or stage"),
+            ({"stage": "share"}, "another job, round or stage"),
+        ],
+    )
+    def test_an_answer_to_something_else_is_refused(self, change: dict[str, Any], said: str) -> None:
+        with pytest.raises(MalformedMessage, match=said):
+            check_stepped(replace(STEPPED, **change), step=STEP, site="north")
+
+    @pytest.mark.parametrize("array", [MODEL, CONTRIBUTION.astype(np.float64), WORDS.astype(np.int8)])
+    def test_masked_words_that_are_no_bytes_are_refused(self, array: Any) -> None:
+        with pytest.raises(MalformedMessage, match="not bytes"):
+            parse_answer(header(STEPPED), array)
+
+    @pytest.mark.parametrize("array", [WORDS, MODEL.astype(np.float64)])
+    def test_a_model_of_another_type_is_refused(self, array: Any) -> None:
+        for request in (ASK, STEP):
+            with pytest.raises(MalformedMessage, match="not float32"):
+                parse_request(header(request), array)

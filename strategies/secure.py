@@ -1,0 +1,255 @@
+"""What a job's secure sum is: who is summed with whom, on what terms, and how a contribution becomes whole numbers.
+
+Both halves are here, as in a strategy: a site encodes, the server decodes the sum. Each side works the plan out for
+itself from the job and the roster, and the protocol refuses whatever the other side has different.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy.distributed import Mechanism
+from privacy.distributed_sum import DistributedSum, calibrate
+from privacy.errors import JobError
+from privacy.noise import NoiseSource
+from privacy.secagg.fixed_point import TAIL_STEP, FixedPoint
+from privacy.secagg.ring import Ring
+from privacy.secagg.roster import Roster
+from privacy.secagg.session import Shape, Terms
+from strategies.job import Job, SecureAggregation
+from strategies.parameters import Vector
+from strategies.total import Layout
+
+REACH = 8.0  # No number in an update of a model that trains is larger.
+MOST_ROWS = 512  # ... and where updates are weighted by rows, that much larger again.
+DEVIATIONS = 12.0  # Local noise is longer with a chance of 1e-32 a coordinate.
+TRIMMED = 4  # A trimmed mean leaves out a quarter of the groups at each end, at least one.
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """The plan of one job's secure sums over cohorts of `shape.clients` sites, or over each of `cohorts`.
+
+    Guarantee: the server learns the sum over a cohort's survivors, at least `shape.minimum` of them, and with it what
+    it could compute from that; `distributed`, where there is one, bounds what the sum itself shows of a client.
+    """
+
+    shape: Shape
+    ring: Ring
+    layout: Layout
+    fixed: FixedPoint
+    distributed: DistributedSum | None = None
+
+    @classmethod
+    def make(cls, job: Job, *, sites: int, layout: Layout) -> SecureSum:
+        """Plan for a federation of `sites`. Raises `JobError` for what cannot be protected, with what could."""
+        secure = job.secure_aggregation
+        assert secure is not None
+        smallest, clients = _sizes(job, sites)
+        try:
+            shape = _shape(job, secure, smallest)
+        except JobError as error:
+            raise JobError(f"secure_aggregation: {error}") from None
+        distributed = _distributed(job, shape, sites, clients, layout.parameters)
+        body = layout.parameters if distributed is None else distributed.noise.dimension
+        ring = Ring(secure.bits, body, layout.size - layout.parameters)
+        return cls(shape, ring, layout, FixedPoint(ring, clients, _reach(job)), distributed)
+
+    def terms(self, job: Job, roster: Roster) -> Terms:
+        """What a site of `roster` holds every session of `job` to."""
+        secure = job.secure_aggregation
+        assert secure is not None
+        slots = {member.name: member.slot for member in roster.members}
+        cohorts = groups_of(job, sorted(slots)) if job.cohort.size is None else None
+        return Terms(
+            federation=roster.federation,
+            roster=roster.hash,
+            job=job.hash,
+            colluders=secure.colluders,
+            dropouts=secure.dropouts,
+            regular=secure.graph == "regular",
+            least=job.cohort.minimum or 1,
+            cohorts=None if cohorts is None else tuple(tuple(sorted(slots[n] for n in names)) for names in cohorts),
+            size=job.cohort.size,
+            ring=self.ring,
+            encoding=self.encoding,
+        )
+
+    @property
+    def encoding(self) -> str:
+        """What the numbers mean, in a form that two sites can compare. Never more digits than machines agree on."""
+        noise = None if self.distributed is None else self.distributed.noise
+        said: dict[str, object] = {"metrics": list(self.layout.metrics), "clients": self.fixed.clients}
+        if noise is None:
+            said["reach"] = f"{self.fixed.reach:.6g}"
+        else:
+            said |= {"shares": noise.mechanism, "of": noise.clients, "clip_norm": f"{noise.clip_norm:.6g}"}
+            said |= {"granularity": f"{noise.granularity:.6g}", "local_scale": f"{noise.local_scale:.6g}"}
+        return json.dumps(said, sort_keys=True)
+
+    def encode(self, contribution: Vector, *, rotation: bytes, source: NoiseSource) -> NDArray[np.uint8]:
+        """Turn one contribution ((layout.size,) float32) into words to be masked.
+
+        Raises `Refused` for what is not finite or does not fit.
+        """
+        update, rest = contribution[: self.layout.parameters], contribution[self.layout.parameters :]
+        if self.distributed is None:
+            return self.fixed.encode(update, rest.astype(np.float64), source)
+        body = self.distributed.encode(update, rotation=rotation, source=source)
+        return self.ring.pack(body, np.rint(rest.astype(np.float64) / TAIL_STEP).astype(np.int64))
+
+    def decode(self, words: NDArray[np.uint8], *, rotation: bytes) -> NDArray[np.float64]:
+        """The sum of contributions ((layout.size,) float64) that a sum of words stands for."""
+        if self.distributed is None:
+            return np.concatenate(self.fixed.decode(words))
+        body, tail = self.ring.unpack(words)
+        return np.concatenate([self.distributed.decode(body, rotation=rotation), tail * TAIL_STEP])
+
+
+def groups_of(job: Job, sites: Sequence[str]) -> list[list[str]]:
+    """Who is summed with whom: everyone, or the job's groups, the same in every round and for everybody who asks."""
+    secure = job.secure_aggregation
+    assert secure is not None
+    order = sorted(sites, key=lambda name: hashlib.sha256(f"{job.seed} group {name}".encode()).digest())
+    return [sorted(order[number :: secure.groups]) for number in range(secure.groups)]
+
+
+def reduced(layout: Layout, groups: Sequence[NDArray[np.float64]], reduce: str) -> NDArray[np.float64]:
+    """What stands for the sum when groups may lie: their number times the median or trimmed mean of their means.
+
+    `groups`: each group's sum of contributions ((layout.size,) float64), its weight positive. Up to the groups left out
+    at each end, one that lies in every coordinate moves the result no further than the honest ones reach
+    (Yin et al. 2018, ICML, arXiv:1803.01498, over groups in place of clients). Metric sums are added up: they steer
+    nothing.
+    """
+    sums = np.stack(groups)
+    if reduce == "sum":
+        return np.asarray(sums.sum(axis=0))
+    weights = sums[:, layout.parameters]
+    means = np.sort(sums[:, : layout.parameters] / weights[:, None], axis=0)
+    if reduce == "median":
+        middle = np.median(means, axis=0)
+    else:
+        cut = left_out(len(groups))
+        middle = means[cut : len(groups) - cut].mean(axis=0)
+    whole = np.asarray(sums.sum(axis=0))
+    whole[: layout.parameters] = middle * weights.sum()
+    return whole
+
+
+def left_out(groups: int) -> int:
+    """How many groups a trimmed mean leaves out at each end."""
+    return min(max(1, groups // TRIMMED), (groups - 1) // 2)
+
+
+def rotation_of(job: str, round_number: int, model: str) -> bytes:
+    """The public rotation of a round's distributed sum: 32 bytes that all who hold the same model agree on."""
+    return hashlib.sha256(f"fedchorus rotation 1 {job} {round_number} {model}".encode()).digest()
+
+
+def _sizes(job: Job, sites: int) -> tuple[int, int]:
+    """The fewest and the most that are asked for one sum."""
+    secure = job.secure_aggregation
+    assert secure is not None
+    asked = min(job.cohort.size or sites, sites)
+    return asked // secure.groups, -(-asked // secure.groups)
+
+
+def _shape(job: Job, secure: SecureAggregation, clients: int) -> Shape:
+    return Shape.of(
+        clients,
+        colluders=secure.colluders,
+        dropouts=secure.dropouts,
+        regular=secure.graph == "regular",
+        least=job.cohort.minimum or 1,
+    )
+
+
+def _reach(job: Job) -> float:
+    secure, local = job.secure_aggregation, job.privacy.local
+    assert secure is not None
+    if secure.reach is not None:
+        return secure.reach
+    if local is not None:
+        if local.noise_multiplier is None:
+            raise JobError(
+                "secure_aggregation.reach: give it (the largest number in an update with its noise), or "
+                "privacy.client.noise_multiplier, from which it follows"
+            )
+        return local.clip_norm * (1 + DEVIATIONS * local.noise_multiplier)
+    return REACH if job.strategy.weighting == "equal" else REACH * MOST_ROWS
+
+
+def _distributed(job: Job, shape: Shape, sites: int, cohort: int, parameters: int) -> DistributedSum | None:
+    client, secure = job.privacy.distributed, job.secure_aggregation
+    if client is None:
+        return None
+    assert secure is not None
+    if client.delta >= 1 / sites:
+        raise JobError(
+            f"privacy.client.delta: {client.delta:g} is not below 1/{sites}, one over the number of clients: it would "
+            "allow to publish one of them outright"
+        )
+    mechanism: Mechanism = "skellam" if client.shares == "skellam" else "discrete_gaussian"
+    # Colluders know their own shares, and so many may be missing: the rest alone must make the sum private.
+    honest = shape.minimum - secure.colluders
+    noise = client.noise_multiplier
+    if noise is None:
+        assert client.epsilon is not None
+        noise = _calibrated(
+            epsilon=client.epsilon,
+            delta=client.delta,
+            rounds=job.training.rounds + client.spare_rounds,
+            mechanism=mechanism,
+            parameters=parameters,
+            clients=honest,
+            cohort=cohort,
+            clip_norm=client.clip_norm,
+            bits=secure.bits,
+        )
+    return DistributedSum.plan(
+        mechanism=mechanism,
+        parameters=parameters,
+        clients=honest,
+        cohort=cohort,
+        clip_norm=client.clip_norm,
+        noise_multiplier=noise,
+        bits=secure.bits,
+    )
+
+
+@lru_cache(maxsize=16)
+def _calibrated(
+    *,
+    epsilon: float,
+    delta: float,
+    rounds: int,
+    mechanism: Mechanism,
+    parameters: int,
+    clients: int,
+    cohort: int,
+    clip_norm: float,
+    bits: int,
+) -> float:
+    least = calibrate(
+        epsilon=epsilon,
+        delta=delta,
+        rounds=rounds,
+        mechanism=mechanism,
+        parameters=parameters,
+        clients=clients,
+        cohort=cohort,
+        clip_norm=clip_norm,
+        bits=bits,
+    )
+    # Up to five digits: sites whose machines differ in the last one come to the same noise.
+    step = 10.0 ** (math.floor(math.log10(least)) - 4)
+    return math.ceil(least / step) * step
