@@ -123,7 +123,8 @@ class SecureGate:
             contribution = gate.checked(train(), ask)
             with self.stopwatch.running():
                 rotation = rotation_of(ask.job, ask.round_number, ask.model_hash)
-                words = self.plan.encode(contribution, rotation=rotation, source=self.noise(ask.round_number))
+                source = self.noise(ask.round_number)
+                words = self.plan.encode(contribution, rotation=rotation, source=source, clip_norm=ask.clip_norm)
                 body = self.member.mask(words)
             head = gate.commit(reservation, hashlib.sha256(words.data).hexdigest())
         except BudgetExceeded:

@@ -212,7 +212,9 @@ def audit_run(run: Path) -> Audit:
         return audit
     kept = _load_json(run / "roster.json", audit, default={})
     roster, server_key = kept.get("sites"), kept.get("server")
-    wanted = _ledgers_of(job, len(roster) if isinstance(roster, dict) else 0, audit)
+    # Where no site keeps a ledger, who takes part in secure sums stands in the list that the participants signed.
+    sites = len(roster) if isinstance(roster, dict) and roster else _participants(run)
+    wanted = _ledgers_of(job, sites, audit)
     if (
         not isinstance(roster, dict)
         or not all(map(SITE_NAME.fullmatch, roster))
@@ -525,6 +527,14 @@ def _check_figures(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], fo
     else:
         claim = folder.summary["sites"].get(ledger.site) or {}
         claims.check_figures(audit.report, ledger.site, entries, folder.job_hash, claim)
+
+
+def _participants(run: Path) -> int:
+    """How many there are, if the list can be read; whether it can be trusted is `_check_participants`'."""
+    try:
+        return len(Roster.load(run / "participants.json").members)
+    except FedchorusError:
+        return 0
 
 
 def _check_participants(audit: Audit, path: Path, roster: Record) -> None:

@@ -137,10 +137,11 @@ def check_participants(report: Report, participants: Roster, ledgers: Record) ->
     """Everyone whose ledger the run has signed the list of participants, and nobody else is on it.
 
     A server that could add members of its own making would hide each site among fewer others than the job says.
-    `ledgers`: the public key of each site's ledger, by name. Raises `Refused` for a signature that is missing or wrong.
+    `ledgers`: the public key of each site's ledger, by name; none where the job is charged to no site. Raises `Refused`
+    for a signature that is missing or wrong.
     """
     named = {member.name: member.key for member in participants.members}
-    for site in sorted({*named, *ledgers}):
+    for site in sorted({*named, *ledgers} if ledgers else ()):
         if site not in named:
             report(site, None, "keeps a ledger, but participants.json leaves it out")
         elif site not in ledgers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from privacy.accountant import noise_multiplier_for
 from privacy.adaptive_clip import AdaptiveClip
@@ -231,7 +232,7 @@ def _correlated(
 
 
 class GridTotal(Total):
-    """A total in whole grid steps: each contribution is clipped here whatever its client did."""
+    """A total in whole grid steps: each contribution is clipped here whatever its client did, if it is seen here."""
 
     def __init__(self, layout: Layout, mechanism: GaussianSum | CorrelatedSum) -> None:
         super().__init__(layout)
@@ -247,6 +248,13 @@ class GridTotal(Total):
             at = self.layout.parameters + 1 + self.layout.metrics.index(BELOW_CLIP)
             within = np.where(contribution[at : at + 1] > 0, np.float32(0.5), np.float32(-0.5))
             self.bits += _BIT_GRID.quantised_sum(within[None])
+
+    def add_sum(self, contributions: NDArray[np.float64]) -> None:
+        """Add a secure sum, whose update is in grid steps already: each client clipped its own."""
+        self.steps += np.rint(contributions[: self.layout.parameters]).astype(np.int64)
+        if BELOW_CLIP in self.layout.metrics:
+            halves = 2 * contributions[self.layout.parameters + 1 + self.layout.metrics.index(BELOW_CLIP)]
+            self.bits += round(halves) * _BIT_GRID.quantised_sum(np.full((1, 1), 0.5, np.float32))
 
 
 _BIT_GRID = GaussianSum(clip_norm=0.5, noise_multiplier=1.0)  # Its grid is that of any `AdaptiveClip.bits`.

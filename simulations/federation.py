@@ -90,7 +90,9 @@ class Federation:
         trainer.try_out(next(iter(data.values())).train)
         secure = None
         if job.secure_aggregation is not None:
-            secure = SecureSum.make(job, sites=len(data), layout=layout_for(job, trainer.parameters.size))
+            parameters = trainer.parameters
+            layout = layout_for(job, parameters.size)
+            secure = SecureSum.make(job, sites=len(data), layout=layout, layers=parameters.sizes)
         return cls(job, data, task, trainer, strategy, secure)
 
     @cached_property

@@ -92,11 +92,14 @@ add/remove-one of a client. Clip norm {client.clip_norm:g}."""
         if rate is not None
         else ""
     )
+    trusted = "The server is trusted with the noise; it saw no update by itself."
+    if summary["secure_aggregation"] is None:
+        trusted = "The server is trusted: it saw each update."
     return f"""Client-level (epsilon, delta)-differential privacy for each of the {whole["clients"]} clients as a whole,
 by {client.noise} noise that the server added to each round's sum: epsilon {whole["epsilon"]:.4f} (PLD),
 {whole["epsilon_rdp"]:.4f} (RDP) at delta {client.delta:g}, under add/remove-one of a client, for all models of the
 training. Noise multiplier {whole["noise_multiplier"]:.4g}, clip norm {whole["clip_norm"]:g}, expected cohort
-{whole["expected_cohort"]:g}.{sampled} The server is trusted: it saw each update."""
+{whole["expected_cohort"]:g}.{sampled} {trusted}"""
 
 
 def _secure(sums: Mapping[str, Any]) -> str:

@@ -410,7 +410,8 @@ def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
             f"{factor}, at δ ≤ {shown.upward(privacy.delta)}."
         )
     if privacy.whole_site is not None:
-        where = "the server, which sees each update, adds the noise" if privacy.whole else "each site adds the noise"
+        seen = "the sum alone" if privacy.secure else "each update"
+        where = f"the server, which sees {seen}, adds the noise" if privacy.whole else "each site adds the noise"
         unit = "all its rows at once, and whether it took part"
         if privacy.shared:
             where = "each site adds a share, and the server, which is not trusted with it, sees sums alone: the noise"

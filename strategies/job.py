@@ -439,10 +439,16 @@ class Job(Section):
                 "secure_aggregation shows the sites who takes part with them: cohort.rate counts on nobody seeing "
                 "that; use cohort.size, or leave both out"
             )
-        if self.privacy.central is not None:
+        central = self.privacy.central
+        if central is not None and central.noise != "independent":
             raise ValueError(
-                'secure_aggregation with privacy.client.placement = "central" would still trust the server with the '
-                'noise; use placement = "distributed", whose noise the server cannot take away'
+                'secure_aggregation with noise correlated over rounds is not there: use noise = "independent", or '
+                'placement = "distributed", whose noise the server cannot take away'
+            )
+        if central is not None and (secure.bits < 32 or secure.groups > 1 or secure.reach is not None):
+            raise ValueError(
+                'secure_aggregation with placement = "central" sums whole grid steps of the clip norm, once: leave out '
+                "bits, groups and reach"
             )
         if secure.groups > 1 and self.cohort.size is not None:
             raise ValueError(

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from privacy.distributed import Mechanism
 from privacy.distributed_sum import DistributedSum, calibrate
 from privacy.errors import JobError
+from privacy.mechanism import STEPS_PER_CLIP, GaussianSum
 from privacy.noise import NoiseSource
 from privacy.secagg.fixed_point import TAIL_STEP, FixedPoint
 from privacy.secagg.ring import Ring
@@ -40,6 +41,9 @@ class SecureSum:
 
     Guarantee: the server learns the sum over a cohort's survivors, at least `shape.minimum` of them, and with it what
     it could compute from that; `distributed`, where there is one, bounds what the sum itself shows of a client.
+
+    `clipped` is there where the server adds the noise: updates then travel in the whole grid steps that it is added to,
+    and what is decoded are those. A client's own clip bounds its own part, so nobody else has to be trusted with that.
     """
 
     shape: Shape
@@ -47,10 +51,14 @@ class SecureSum:
     layout: Layout
     fixed: FixedPoint
     distributed: DistributedSum | None = None
+    clipped: GaussianSum | None = None
 
     @classmethod
-    def make(cls, job: Job, *, sites: int, layout: Layout) -> SecureSum:
-        """Plan for a federation of `sites`. Raises `JobError` for what cannot be protected, with what could."""
+    def make(cls, job: Job, *, sites: int, layout: Layout, layers: tuple[int, ...] = ()) -> SecureSum:
+        """Plan for a federation of `sites`; `layers` are the sizes of the model's arrays, for clipping each by itself.
+
+        Raises `JobError` for what cannot be protected, with what could.
+        """
         secure = job.secure_aggregation
         assert secure is not None
         smallest, clients = _sizes(job, sites)
@@ -61,7 +69,8 @@ class SecureSum:
         distributed = _distributed(job, shape, sites, clients, layout.parameters)
         body = layout.parameters if distributed is None else distributed.noise.dimension
         ring = Ring(secure.bits, body, layout.size - layout.parameters)
-        return cls(shape, ring, layout, FixedPoint(ring, clients, _reach(job)), distributed)
+        clipped = _clipped(job, ring, clients, layers)
+        return cls(shape, ring, layout, FixedPoint(ring, clients, _reach(job)), distributed, clipped)
 
     def terms(self, job: Job, roster: Roster) -> Terms:
         """What a site of `roster` holds every session of `job` to."""
@@ -88,30 +97,39 @@ class SecureSum:
         """What the numbers mean, in a form that two sites can compare. Never more digits than machines agree on."""
         noise = None if self.distributed is None else self.distributed.noise
         said: dict[str, object] = {"metrics": list(self.layout.metrics), "clients": self.fixed.clients}
-        if noise is None:
+        if self.clipped is not None:
+            said |= {"steps": STEPS_PER_CLIP, "layers": list(self.clipped.layers)}
+        elif noise is None:
             said["reach"] = f"{self.fixed.reach:.6g}"
         else:
             said |= {"shares": noise.mechanism, "of": noise.clients, "clip_norm": f"{noise.clip_norm:.6g}"}
             said |= {"granularity": f"{noise.granularity:.6g}", "local_scale": f"{noise.local_scale:.6g}"}
         return json.dumps(said, sort_keys=True)
 
-    def encode(self, contribution: Vector, *, rotation: bytes, source: NoiseSource) -> NDArray[np.uint8]:
-        """Turn one contribution ((layout.size,) float32) into words to be masked.
+    def encode(
+        self, contribution: Vector, *, rotation: bytes, source: NoiseSource, clip_norm: float | None = None
+    ) -> NDArray[np.uint8]:
+        """Turn one contribution ((layout.size,) float32) into words to be masked; `clip_norm` is the round's.
 
         Raises `Refused` for what is not finite or does not fit.
         """
         update, rest = contribution[: self.layout.parameters], contribution[self.layout.parameters :]
-        if self.distributed is None:
+        if self.distributed is not None:
+            body = self.distributed.encode(update, rotation=rotation, source=source)
+        elif self.clipped is not None:
+            mechanism = self.clipped if clip_norm is None else replace(self.clipped, clip_norm=clip_norm)
+            body = mechanism.quantised_sum(update[None])
+        else:
             return self.fixed.encode(update, rest.astype(np.float64), source)
-        body = self.distributed.encode(update, rotation=rotation, source=source)
         return self.ring.pack(body, np.rint(rest.astype(np.float64) / TAIL_STEP).astype(np.int64))
 
     def decode(self, words: NDArray[np.uint8], *, rotation: bytes) -> NDArray[np.float64]:
-        """The sum of contributions ((layout.size,) float64) that a sum of words stands for."""
-        if self.distributed is None:
+        """The sum of contributions ((layout.size,) float64) that `words` stand for; with `clipped`, in steps."""
+        if self.distributed is None and self.clipped is None:
             return np.concatenate(self.fixed.decode(words))
         body, tail = self.ring.unpack(words)
-        return np.concatenate([self.distributed.decode(body, rotation=rotation), tail * TAIL_STEP])
+        values = body if self.distributed is None else self.distributed.decode(body, rotation=rotation)
+        return np.concatenate([values, tail * TAIL_STEP])
 
 
 def groups_of(job: Job, sites: Sequence[str]) -> list[list[str]]:
@@ -186,6 +204,19 @@ def _reach(job: Job) -> float:
             )
         return local.clip_norm * (1 + DEVIATIONS * local.noise_multiplier)
     return REACH if job.strategy.weighting == "equal" else REACH * MOST_ROWS
+
+
+def _clipped(job: Job, ring: Ring, cohort: int, layers: tuple[int, ...]) -> GaussianSum | None:
+    client = job.privacy.central
+    if client is None:
+        return None
+    if ring.bound(cohort) < STEPS_PER_CLIP:
+        raise JobError(
+            f"secure_aggregation: {cohort} clients on the grid of central noise overflow {ring.bits} bits; "
+            f"{ring.limit // STEPS_PER_CLIP} fit"
+        )
+    apart = layers if client.clipping == "per-layer" else ()
+    return GaussianSum(clip_norm=client.clip_norm, noise_multiplier=1.0, layers=apart)  # Its clip and grid alone.
 
 
 def _distributed(job: Job, shape: Shape, sites: int, cohort: int, parameters: int) -> DistributedSum | None:

@@ -64,8 +64,8 @@ def test_no_two_scenarios_are_the_same_job() -> None:
     [
         ("hospital", "no scenario and no job file is called 'hospital'; did you mean 'hospitals'?"),
         ("hospitals-unrelable", "did you mean 'hospitals-unreliable'?"),
-        ("zzz", "no scenario and no job file is called 'zzz'; known: devices, hospitals"),
-        ("", "no scenario and no job file is called ''; known: devices, hospitals"),
+        ("zzz", "no scenario and no job file is called 'zzz'; known: clinics, devices, hospitals"),
+        ("", "no scenario and no job file is called ''; known: clinics, devices, hospitals"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, said: str) -> None:

@@ -84,6 +84,29 @@ def test_dropouts_and_malformed_answers_at_any_stage_are_survived(tmp_path: Path
     assert all(len(line["contributors"]) >= 4 for line in lines)
 
 
+@pytest.mark.parametrize(
+    "more", [[], ["privacy.client.adaptive_clip={bit_noise=1.0}"], ['privacy.client.clipping="per-layer"']]
+)
+def test_central_noise_falls_on_the_same_sum_that_the_server_no_longer_sees_the_parts_of(
+    more: list[str], tmp_path: Path
+) -> None:
+    settings = [
+        *SHORT,
+        *SHARES,
+        'simulation.noise="seeded"',
+        "privacy.client={noise_multiplier=1.0, delta=1e-3, clip_norm=0.5}",
+        *more,
+    ]
+    run(tmp_path / "plain", *settings)
+    summary = run(tmp_path / "secure", *settings, SECURE)
+    assert summary is not None
+    np.testing.assert_array_equal(model_of(tmp_path / "secure"), model_of(tmp_path / "plain"))
+    audit = audit_run(tmp_path / "secure")
+    assert audit.ok, audit.findings
+    assert "it saw each update" not in (tmp_path / "secure" / "MODEL_CARD.md").read_text()
+    assert "it saw each update" in (tmp_path / "plain" / "MODEL_CARD.md").read_text()
+
+
 class TestLostRounds:
     FAULTY = ("simulation.faults.dropout=0.6", "seed=1")
 
