@@ -99,10 +99,11 @@ class SecureClient:
         self._slot = roster.member(name).slot
         self._identity, self._roster, self._terms, self._journal = identity, roster, terms, journal
         self._store, self._per_round, self._entropy = store, per_round, entropy
+        self._kept: tuple[bytes, _Secrets] | None = None  # What the store holds, and what it was read from.
 
     def advertise(self, proposal: bytes) -> bytes:
         """Answer a session's proposal with this client's keys. An open session ends here, unfinished."""
-        self._store.wipe()
+        self.forget()
         session = Session.parse(proposal)
         session.check(self._terms)
         if self._slot not in session.members:
@@ -119,7 +120,7 @@ class SecureClient:
             commitment=commitment(session.id, self._slot, secrets.blind),
         )
         secrets.advert = bytes(replace(advert, signature=self._identity.sign(advert.signed)))
-        self._store.save(bytes(secrets))
+        self._keep(secrets)
         return secrets.advert
 
     def share(self, message: bytes) -> bytes:
@@ -246,26 +247,33 @@ class SecureClient:
                 peer: held[:SECRET] if peer in survivors else held[SECRET:] for peer, held in secrets.held.items()
             }
             answer = self._sealed(secrets, Kind.REVEAL, write_table(shares))
-        self._store.wipe()
+        self.forget()
         return answer
 
     def forget(self) -> None:
         """Wipe whatever is left of a session."""
+        self._kept = None
         self._store.wipe()
 
     @contextmanager
     def _at(self, stage: str) -> Iterator[_Secrets]:
         """The open session's secrets, saved if the step succeeds; wiped if anything goes wrong."""
         try:
-            content = self._store.load()
-            secrets = None if content is None else _Secrets.of(content)
+            content, kept = self._store.load(), self._kept
+            # What this process kept itself is not read again: that would take longer than the rest.
+            secrets = kept[1] if kept is not None and kept[0] == content else _Secrets.of(content)
             if secrets is None or secrets.stage != stage:
                 raise Refused(f"no session of this site waits for {stage}")
             yield secrets
-            self._store.save(bytes(secrets))
+            self._keep(secrets)
         except BaseException:
-            self._store.wipe()
+            self.forget()
             raise
+
+    def _keep(self, secrets: _Secrets) -> None:
+        content = bytes(secrets)
+        self._store.save(content)
+        self._kept = content, secrets
 
     def _sealed(self, secrets: _Secrets, kind: Kind, content: bytes) -> bytes:
         context = sealed_context(kind, secrets.view.root)
@@ -299,7 +307,9 @@ class _Secrets:
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, default=bytes.hex).encode()
 
     @classmethod
-    def of(cls, content: bytes) -> _Secrets:
+    def of(cls, content: bytes | None) -> _Secrets | None:
+        if content is None:
+            return None
         try:
             record = json.loads(content)
             for name in ("proposal", "key", "blind", "channel", "advert", "cohort"):
@@ -325,10 +335,16 @@ class _Secrets:
     def channel_key(self) -> X25519PrivateKey:
         return X25519PrivateKey.from_private_bytes(self.channel)
 
+    @cached_property
+    def shared(self) -> dict[int, bytes]:
+        """What the channel key shares with each peer; filled as it is needed."""
+        return {}
+
     def box_key(self, *, sender: int, receiver: int, own: int) -> bytes:
         peer = sender + receiver - own
-        shared = exchange(self.channel_key, self.view.adverts[peer].channel)
-        return box_key(shared, self.view.root, sender=sender, receiver=receiver)
+        if peer not in self.shared:
+            self.shared[peer] = exchange(self.channel_key, self.view.adverts[peer].channel)
+        return box_key(self.shared[peer], self.view.root, sender=sender, receiver=receiver)
 
     def server_key(self, own: int) -> bytes:
         shared = exchange(self.channel_key, bytes.fromhex(self.session.server))
