@@ -8,7 +8,8 @@ from typing import Protocol
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from strategies.messages import Answer, MalformedMessage, Request, Words, flat_array, header, parse_request
+from privacy.errors import FedchorusError
+from strategies.messages import Answer, MalformedMessage, Request, Words, flat_array, header, parse_request, unflat
 from strategies.parameters import Vector
 
 
@@ -19,10 +20,15 @@ class Client(Protocol):
     def handle(self, request: Request) -> Answer: ...
 
 
+class NoAnswer(FedchorusError):
+    """All that leaves a site of what went wrong there."""
+
+
 def make_client_app(open_client: Callable[[Context], Client]) -> ClientApp:
     """A ClientApp for the client that `open_client` finds for a node's context.
 
-    An exception of the client becomes Flower's error reply: the server learns that there is no answer, not why.
+    Flower sends an exception's type and words to the server. The client's never get that far: the server learns that
+    there is no answer, not why.
     """
     app = ClientApp()
 
@@ -32,7 +38,10 @@ def make_client_app(open_client: Callable[[Context], Client]) -> ClientApp:
         return Message(RecordDict({"site": site}), reply_to=message)
 
     def answer(message: Message, context: Context) -> Message:
-        answer = open_client(context).handle(parse_request(*_unpack(message.content)))
+        try:
+            answer = open_client(context).handle(parse_request(*_unpack(message.content)))
+        except BaseException:  # noqa: BLE001 (raised again, without what it says)
+            raise NoAnswer("this site gives no answer") from None
         return Message(_pack(answer), reply_to=message)
 
     app.train()(answer)
@@ -48,9 +57,9 @@ def _pack(answer: Answer) -> RecordDict:
 def _unpack(content: RecordDict) -> tuple[str, Vector | Words]:
     """Raises `MalformedMessage` when the content is not what `_pack` makes."""
     try:
-        text, vector = content["header"]["json"], content["vector"]["flat"].numpy()
+        text, data = content["header"]["json"], content["vector"]["flat"].data
     except (KeyError, TypeError, ValueError, AttributeError):
         raise MalformedMessage("the content is not one header and one flat array") from None
-    if not isinstance(text, str):
-        raise MalformedMessage("the header is not text")
-    return text, vector
+    if not isinstance(text, str) or not isinstance(data, bytes):
+        raise MalformedMessage("the header is not text, or the array not bytes")
+    return text, unflat(data)

@@ -43,9 +43,11 @@ class InFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # In place, not by renaming: a file that is replaced leaves its secrets on the disk. What a crash cuts short
         # is refused when it is read, and only this round is lost.
-        with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        with os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
             file.write(content)
-            file.truncate()
+            file.write(bytes(max(os.fstat(file.fileno()).st_size - len(content), 0)))  # What was longer before.
+            file.truncate(len(content))
 
     def wipe(self) -> None:
         try:

@@ -198,8 +198,13 @@ def _check_delta(delta: float) -> None:
 
 def _plan(events: Iterable[Event]) -> AnyPlan:
     phases: Counter[AnyPhase] = Counter()
+    votes = False
     for event in events:
         phases[_phase(event)] += event.count
+        votes |= isinstance(event, GaussianEvent) and event.quantile_noise is not None
+    if votes and not _gaussian(tuple(phases.items())):
+        # A client whose update is zero still votes that it was below the clip: more than one that is not there moves.
+        raise UnsupportedEvent("an adaptive clip beside noise in shares: no adjacency here covers both")
     return tuple(sorted(phases.items(), key=_place))
 
 

@@ -389,8 +389,8 @@ def check_statement(report: Report, summary: Record, seeded: bool, wanted: Ledge
     if sums and wanted.secure is None:
         report(None, None, "claims secure aggregation; job.toml asks for none")
     for key, value in wanted.secure.figures.items() if wanted.secure is not None else ():
-        if sums.get(key, value) != value:
-            report(None, None, f"claims {key} {sums[key]!r} of its secure sums, job.toml makes it {value!r}")
+        if sums.get(key) != value:
+            report(None, None, f"claims {key} {sums.get(key)!r} of its secure sums, job.toml makes it {value!r}")
 
 
 def _plan_of(entries: Sequence[Entry], job_hash: str) -> Record | None:

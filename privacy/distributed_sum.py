@@ -236,8 +236,10 @@ def calibrate(
     if enough is None:
         if refusal is not None and least == math.inf:
             raise refusal
+        why = f" ({refusal})" if refusal is not None else ""
         raise JobError(
-            f"epsilon {epsilon:g} at delta {delta:g} needs more than {bits} bits a coordinate; they reach {least:.4g}"
+            f"epsilon {epsilon:g} at delta {delta:g} is out of reach at {bits} bits a coordinate, which come to "
+            f"{least:.4g}{why}; take other bits or shares, or a larger delta"
         )
     low = enough / _STEP
     while enough > low * 1.0001:

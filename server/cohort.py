@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from privacy.noise import NoiseSource, poisson_sample
+from strategies.cohort import public_cohort
 from strategies.job import Cohort
 
 
@@ -33,10 +34,7 @@ def draw_cohort(
     if cohort.separation is not None:
         turn = np.random.default_rng([seed]).permutation(len(sites)) % cohort.separation
         return [site for site, due in zip(sites, turn, strict=True) if due == (round_number - 1) % cohort.separation]
-    if cohort.size is None or cohort.size >= len(sites):
-        return list(sites)
-    drawn = np.random.default_rng([seed, round_number]).choice(len(sites), size=cohort.size, replace=False)
-    return [sites[index] for index in sorted(drawn)]
+    return public_cohort(sites, cohort.size, seed=seed, round_number=round_number)
 
 
 def expected_size(clients: int, cohort: Cohort) -> float:

@@ -74,6 +74,8 @@ def run_rounds(
                 "within a round has spent it, and takes part to the end only with privacy.record.spare_rounds"
             )
         released, total = release.release(state, collected.total)
+        if not total.weight > 0:
+            raise RunError(f"round {number}: the weights of all contributions add up to nothing to divide by")
         # What the noise remembers would show the sum behind it: no strategy is given it, and none can lose it.
         state = replace(strategy.step(replace(state, release={}), total), release=released.release)
         if not np.isfinite(state.model).all():

@@ -21,7 +21,7 @@ from privacy.secagg.server import SecureServer
 from privacy.secagg.session import Terms
 from server.collect import Collected, Failure, Transport
 from strategies.messages import Ask, MalformedMessage, Refusal, Stage, Step, Stepped, check_stepped
-from strategies.secure import SecureSum, reduced, rotation_of
+from strategies.secure import SecureSum, is_sound, reduced, rotation_of
 from strategies.total import Total
 
 
@@ -107,9 +107,16 @@ class _Round:
         sums = []
         for group in self._alive(groups):
             with self._may_abort(group, groups):
-                words = group.server.finish()
-                group.contributors = tuple(group.names[slot] for slot in group.server.summed)
-                sums.append(self.collector.plan.decode(words, rotation=rotation))
+                words, summed = group.server.finish(), group.server.summed
+                contributions = self.collector.plan.decode(words, rotation=rotation)
+                equal = len(summed) if self.collector.plan.equal else None
+                if not is_sound(self.collector.plan.layout, contributions, equal_weights=equal):
+                    raise RoundAborted(
+                        f"round {self.ask.round_number}: secure sum: its weights are not those of honest sites, so one "
+                        "of its sites, or more, sent something else than an update"
+                    )
+                group.contributors = tuple(group.names[slot] for slot in summed)
+                sums.append(contributions)
         return sums
 
     def _stage(
@@ -193,7 +200,10 @@ class _Round:
                 if len(groups) > 1
                 else ""
             )
-            raise RoundAborted(f"{error}{which}; {why or 'no failures'}; mend them and resume") from None
+            # Without privacy nothing pays for another release: such a job ends here unless it allowed for retries.
+            over = any("left already" in said for said in self.failures.values())
+            advice = "start the job anew under another name or seed" if over else "mend them and resume"
+            raise RoundAborted(f"{error}{which}; {why or 'no failures'}; {advice}") from None
 
     def _forget(self) -> None:
         """Tell the sites that may still hold secrets of the round that it is over; whoever is gone wipes them later."""

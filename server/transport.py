@@ -13,7 +13,18 @@ from flwr.serverapp import Grid
 
 from privacy.errors import RunError
 from server.collect import Failure
-from strategies.messages import Answer, Ask, MalformedMessage, Request, Words, flat_array, header, parse_answer
+from strategies.messages import (
+    Answer,
+    Ask,
+    MalformedMessage,
+    Request,
+    Step,
+    Words,
+    flat_array,
+    header,
+    parse_answer,
+    unflat,
+)
 from strategies.parameters import Vector
 
 IDENTIFY = f"{MessageType.QUERY}.identify"
@@ -24,11 +35,13 @@ STEP = f"{MessageType.QUERY}.step"
 class FlowerTransport:
     """A `server.collect.Transport` over a Flower `Grid`.
 
-    `timeout_s` ends the wait for an answer; `poll_s` is how often answers are pulled.
+    `timeout_s` ends the wait for an answer to a request to train, `step_timeout_s` that for any other; `poll_s` is how
+    often answers are pulled.
     """
 
-    def __init__(self, grid: Grid, *, timeout_s: float, poll_s: float = 0.05) -> None:
+    def __init__(self, grid: Grid, *, timeout_s: float, step_timeout_s: float = 120.0, poll_s: float = 0.05) -> None:
         self._grid, self._timeout_s, self._poll_s = grid, timeout_s, poll_s
+        self._step_timeout_s = min(timeout_s, step_timeout_s)
         self._nodes: Mapping[str, int] = {}
 
     def find_sites(self, expected: int) -> list[str]:
@@ -44,7 +57,7 @@ class FlowerTransport:
         messages = {node: Message(RecordDict(), node, IDENTIFY) for node in nodes}
         self._nodes = {
             str(reply.content["site"]["name"]): node
-            for node, reply in self._pull(messages)
+            for node, reply in self._pull(messages, self._timeout_s)
             if reply is not None and reply.has_content()
         }
         if len(self._nodes) < expected:
@@ -57,15 +70,19 @@ class FlowerTransport:
             node: Message(_pack(requests[site]), node, TRAIN if _trains(requests[site]) else STEP)
             for node, site in names.items()
         }
-        for node, reply in self._pull(messages):
+        if all(isinstance(request, Step) and request.stage == "forget" for request in requests.values()):
+            self._grid.push_messages(list(messages.values()))  # Nobody waits for those who may be gone.
+            return
+        wait_s = self._timeout_s if any(map(_trains, requests.values())) else self._step_timeout_s
+        for node, reply in self._pull(messages, wait_s):
             yield names[node], _answer(names[node], reply)
 
-    def _pull(self, messages: Mapping[int, Message]) -> Iterator[tuple[int, Message | None]]:
-        """Yield each node's reply as it comes; None for those that have not answered by the timeout."""
+    def _pull(self, messages: Mapping[int, Message], timeout_s: float) -> Iterator[tuple[int, Message | None]]:
+        """Yield each node's reply as it comes; None for those that have not answered in time."""
         ids = list(self._grid.push_messages(list(messages.values())))
         # An error reply carries the server's own node id as its source: only the message it answers tells whose it is.
         waiting = dict(zip(ids, messages, strict=True))
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + timeout_s
         while waiting and time.monotonic() < deadline:
             replies = list(self._grid.pull_messages(list(waiting)))
             for reply in replies:
@@ -102,9 +119,9 @@ def _pack(request: Request) -> RecordDict:
 def _unpack(content: RecordDict) -> tuple[str, Vector | Words]:
     """Raises `MalformedMessage` when the content is not what `_pack` makes."""
     try:
-        text, vector = content["header"]["json"], content["vector"]["flat"].numpy()
+        text, data = content["header"]["json"], content["vector"]["flat"].data
     except (KeyError, TypeError, ValueError, AttributeError):
         raise MalformedMessage("the content is not one header and one flat array") from None
-    if not isinstance(text, str):
-        raise MalformedMessage("the header is not text")
-    return text, vector
+    if not isinstance(text, str) or not isinstance(data, bytes):
+        raise MalformedMessage("the header is not text, or the array not bytes")
+    return text, unflat(data)

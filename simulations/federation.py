@@ -92,7 +92,8 @@ class Federation:
         if job.secure_aggregation is not None:
             parameters = trainer.parameters
             layout = layout_for(job, parameters.size)
-            secure = SecureSum.make(job, sites=len(data), layout=layout, layers=parameters.sizes)
+            most = max(len(own.train) for own in data.values())
+            secure = SecureSum.make(job, sites=len(data), layout=layout, layers=parameters.sizes, most_rows=most)
         return cls(job, data, task, trainer, strategy, secure)
 
     @cached_property

@@ -210,7 +210,11 @@ class JobPlan:
             kept = [groups[round(i * last / (MOST_SETTINGS - 1))] for i in range(MOST_SETTINGS)]
         # With privacy no training metrics are sent (`client.site.layout_for`, which would load torch).
         layout = Layout(parameters, () if job.privacy.record or job.privacy.client else ("loss", "examples"))
-        sums = None if job.secure_aggregation is None else SecureSum.make(job, sites=len(rows), layout=layout)
+        sums = (
+            None
+            if job.secure_aggregation is None
+            else SecureSum.make(job, sites=len(rows), layout=layout, most_rows=max(rows.values()))
+        )
         settings = [_record(job, rows, sites, parameters) for sites in kept]
         settings += [_local(job, rows, parameters)] if job.privacy.local is not None else []
         settings += [_central(job, len(rows), parameters)] if job.privacy.central is not None else []
@@ -356,23 +360,36 @@ def _calibrated(own: Protection, rate: float, count: int) -> float:
 
 
 def _variants(setting: Setting, l2: float) -> Iterator[tuple[str, list[Variant]]]:
-    def at(factor: float, value: float, l2: float, cost: Callable[[], float]) -> Variant:
+    def at(factor: float, value: float, l2: float, cost: Callable[[], float]) -> list[Variant]:
+        """The variant, or nothing where no epsilon can be stated for it."""
         planned = factor == 1
-        return Variant(value=value, epsilon=setting.cost.pld if planned else cost(), noise_l2=l2, planned=planned)
+        try:
+            epsilon = setting.cost.pld if planned else cost()
+        except UnsupportedEvent:
+            return []
+        return [Variant(value=value, epsilon=epsilon, noise_l2=l2, planned=planned)]
 
     noises = [(factor, setting.noise_multiplier * factor) for factor in FACTORS]
     yield (
         "noise_multiplier",
         [
-            at(factor, noise, l2 * factor, partial(setting.roughly, noise=noise))
+            variant
             for factor, noise in noises
             if LEAST_NOISE <= noise <= MOST_NOISE
+            for variant in at(factor, noise, l2 * factor, partial(setting.roughly, noise=noise))
         ],
     )
     if isinstance(setting.each, CorrelatedEvent):
         return  # Nothing else moves its epsilon, and each other length or cohort would need a matrix of its own.
     rounds = [(factor, max(1, round(setting.rounds * factor))) for factor in FACTORS]
-    yield "rounds", [at(factor, number, l2, partial(setting.roughly, rounds=number)) for factor, number in rounds]
+    yield (
+        "rounds",
+        [
+            variant
+            for factor, number in rounds
+            for variant in at(factor, number, l2, partial(setting.roughly, rounds=number))
+        ],
+    )
     if isinstance(setting.each, DistributedEvent):
         return  # Who takes part is seen, and each other cohort would need a grid and a graph of its own.
     # A mean of noises that each client adds on its own shrinks with the root of the cohort alone.
@@ -381,13 +398,14 @@ def _variants(setting: Setting, l2: float) -> Iterator[tuple[str, list[Variant]]
     yield (
         "batch" if setting.unit == UNIT_RECORD else "cohort",
         [
-            at(
+            variant
+            for factor, share in shares
+            for variant in at(
                 factor,
                 share * setting.units[0],
                 l2 * (setting.share / share) ** power,
                 partial(setting.roughly, rate=share if setting.secret else setting.rate),
             )
-            for factor, share in shares
         ],
     )
 

@@ -10,6 +10,7 @@ from privacy.secagg.roster import Member, Roster
 from privacy.secagg.session import Shape
 from privacy.secagg.view import BOX
 from privacy.secagg.wire import ADVERT, SECRET, SIGNATURE, Kind, u16, write, write_slots, write_table
+from strategies.cohort import public_cohort
 from strategies.job import Job
 from strategies.secure import SecureSum, groups_of, left_out
 
@@ -24,7 +25,8 @@ def planned(job: Job, sums: SecureSum, names: Sequence[str]) -> dict[str, Any]:
     """
     # Placeholders: only how long the session's text is depends on them.
     roster = Roster(job.name, 1, tuple(Member(slot, name, f"{slot:064x}") for slot, name in enumerate(names, start=1)))
-    terms, asked = sums.terms(job, roster), names[: job.cohort.size]
+    terms = sums.terms(job, roster)
+    asked = public_cohort(sorted(names), job.cohort.size, seed=job.seed, round_number=1)
     up = down = 0
     for group in groups_of(job, asked):
         members = tuple(roster.member(name).slot for name in group)
@@ -59,7 +61,7 @@ def hidden_among(shape: Shape, colluders: int) -> int:
 
 
 def lying_groups(figures: Figures) -> int:
-    """How many groups may lie before the reduction can be moved at will; 0 for a plain sum."""
+    """How many groups may lie or be lost before the rest can be moved at will; 0 for a plain sum."""
     groups, reduce = figures.get("groups"), figures.get("reduce")
     if not isinstance(groups, int) or groups < 1:
         return 0
@@ -88,14 +90,13 @@ def who_saw_what(figures: Figures, count: Callable[[object], str] = str) -> str:
 
 
 def who_may_lie(figures: Figures, count: Callable[[object], str] = str) -> str | None:
-    """Say how many lying groups the reduction tolerates; None where everything is one sum."""
+    """Say how many groups the reduction bears that lie or are lost; None where everything is one sum."""
     groups, named = figures.get("groups"), {"median": "median", "trimmed-mean": "trimmed mean"}
     how = named.get(str(figures.get("reduce")))
     if how is None:
         return None
-    return (
-        f"the {how} of the groups' means tolerates up to {count(lying_groups(figures))} lying groups of {count(groups)}"
-    )
+    borne = count(lying_groups(figures))
+    return f"the {how} of the groups' means bears up to {borne} of {count(groups)} that lie or are lost"
 
 
 def _sent_up(degree: int) -> int:

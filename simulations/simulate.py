@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -133,6 +134,14 @@ def _go_on(
     if release is not None:
         brought[SERVER] = (earlier.server_files, folder.server_files)
         accounts[SERVER] = JobAccount(job.hash, job.purpose, release.rounds, (release.event,), None, (release.limit,))
+    kept = {path.stem for path in (earlier.path / "ledgers").glob("*.jsonl")}
+    kept |= {SERVER} if earlier.server_files.ledger.exists() else set()
+    if left := sorted(kept - set(brought)):
+        whose = "the server" if left[0] == SERVER else left[0]
+        raise RunError(
+            f"{earlier.path}: the ledger of {whose} would stay behind, as this job charges nothing there, and what it "
+            "holds would be missing from every epsilon; run the job without --after"
+        )
     for name, (there, here) in brought.items():
         if not there.identity.exists():
             if name != SERVER:
@@ -148,6 +157,12 @@ def _go_on(
         if name != SERVER and before.dataset not in (None, job.data.dataset):
             raise RunError(f"{name}: its ledger is that of data set {before.dataset!r}, not {job.data.dataset!r}")
         before.check_affordable(accounts[name])
+        for limit in accounts[name].limits:
+            if not math.isfinite(before.with_plan(accounts[name]).epsilon(limit.unit, limit.delta)):
+                raise RunError(
+                    f"{earlier.path}: it released something at {name} that bounds nothing for a {limit.unit}, so no "
+                    f"{limit.unit}-level epsilon of this job would be finite; run it without --after"
+                )
 
 
 def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:

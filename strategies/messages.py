@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import re
 from dataclasses import dataclass, field
+from tokenize import TokenError
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -159,6 +161,27 @@ def flat_array(message: Request | Answer) -> Vector | Words:
             return message.words
         case Refusal():
             return NOTHING
+
+
+def unflat(data: bytes) -> Vector | Words:
+    """The array in `data`, an .npy file of version 1.0 that holds one flat float32 or uint8 array and nothing more.
+
+    Read by hand: numpy's own reader also takes archives and allocates whatever a header claims. Raises
+    `MalformedMessage`.
+    """
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError, RecursionError, MemoryError):
+        raise MalformedMessage("the array is not one in .npy form, version 1.0") from None
+    if dtype not in (np.dtype("<f4"), np.dtype(np.uint8)) or len(shape) != 1:
+        raise MalformedMessage("the array is neither flat float32 nor flat bytes")
+    if len(data) - file.tell() != shape[0] * dtype.itemsize:
+        raise MalformedMessage("the array is not as long as it says")
+    flat: Vector | Words = np.frombuffer(data, dtype, offset=file.tell()).copy()
+    return flat
 
 
 def header(message: Request | Answer) -> str:

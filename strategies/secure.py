@@ -25,6 +25,7 @@ from privacy.secagg.fixed_point import TAIL_STEP, FixedPoint
 from privacy.secagg.ring import Ring
 from privacy.secagg.roster import Roster
 from privacy.secagg.session import Shape, Terms
+from strategies.cohort import public_cohort
 from strategies.job import Job, SecureAggregation
 from strategies.parameters import Vector
 from strategies.total import Layout
@@ -52,12 +53,16 @@ class SecureSum:
     fixed: FixedPoint
     distributed: DistributedSum | None = None
     clipped: GaussianSum | None = None
+    equal: bool = False  # Every site weighs 1, as the job says.
 
     @classmethod
-    def make(cls, job: Job, *, sites: int, layout: Layout, layers: tuple[int, ...] = ()) -> SecureSum:
+    def make(
+        cls, job: Job, *, sites: int, layout: Layout, layers: tuple[int, ...] = (), most_rows: int | None = None
+    ) -> SecureSum:
         """Plan for a federation of `sites`; `layers` are the sizes of the model's arrays, for clipping each by itself.
 
-        Raises `JobError` for what cannot be protected, with what could.
+        `most_rows` are those of the largest site, where they are known. Raises `JobError` for what cannot be protected,
+        with what could.
         """
         secure = job.secure_aggregation
         assert secure is not None
@@ -70,14 +75,22 @@ class SecureSum:
         body = layout.parameters if distributed is None else distributed.noise.dimension
         ring = Ring(secure.bits, body, layout.size - layout.parameters)
         clipped = _clipped(job, ring, clients, layers)
-        return cls(shape, ring, layout, FixedPoint(ring, clients, _reach(job)), distributed, clipped)
+        _check_reach(job, most_rows)
+        equal = job.privacy.client is not None  # Where the gate weighs; a strategy of the user's may do otherwise.
+        return cls(shape, ring, layout, FixedPoint(ring, clients, _reach(job)), distributed, clipped, equal)
 
     def terms(self, job: Job, roster: Roster) -> Terms:
         """What a site of `roster` holds every session of `job` to."""
         secure = job.secure_aggregation
         assert secure is not None
         slots = {member.name: member.slot for member in roster.members}
-        cohorts = groups_of(job, sorted(slots)) if job.cohort.size is None else None
+        names, size = sorted(slots), job.cohort.size
+
+        def drawn(round_number: int) -> tuple[tuple[int, ...], ...]:
+            asked = public_cohort(names, size, seed=job.seed, round_number=round_number)
+            return (tuple(sorted(slots[name] for name in asked)),)
+
+        groups = tuple(tuple(sorted(slots[name] for name in group)) for group in groups_of(job, names))
         return Terms(
             federation=roster.federation,
             roster=roster.hash,
@@ -86,8 +99,8 @@ class SecureSum:
             dropouts=secure.dropouts,
             regular=secure.graph == "regular",
             least=job.cohort.minimum or 1,
-            cohorts=None if cohorts is None else tuple(tuple(sorted(slots[n] for n in names)) for names in cohorts),
-            size=job.cohort.size,
+            cohorts=groups if size is None or size >= len(names) else drawn,
+            rounds=job.training.rounds,
             ring=self.ring,
             encoding=self.encoding,
         )
@@ -143,24 +156,28 @@ def groups_of(job: Job, sites: Sequence[str]) -> list[list[str]]:
 def reduced(layout: Layout, groups: Sequence[NDArray[np.float64]], reduce: str) -> NDArray[np.float64]:
     """What stands for the sum when groups may lie: their number times the median or trimmed mean of their means.
 
-    `groups`: each group's sum of contributions ((layout.size,) float64), its weight positive. Up to the groups left out
+    `groups`: each group's sum of contributions ((layout.size,) float64), as `is_sound` says. Up to the groups left out
     at each end, one that lies in every coordinate moves the result no further than the honest ones reach
-    (Yin et al. 2018, ICML, arXiv:1803.01498, over groups in place of clients). Metric sums are added up: they steer
-    nothing.
+    (Yin et al. 2018, ICML, arXiv:1803.01498, over groups in place of clients), and its weight counts as the median
+    group's. Metric sums are added up: they steer nothing.
     """
     sums = np.stack(groups)
+    whole = np.asarray(sums.sum(axis=0))
     if reduce == "sum":
-        return np.asarray(sums.sum(axis=0))
+        return whole
     weights = sums[:, layout.parameters]
     means = np.sort(sums[:, : layout.parameters] / weights[:, None], axis=0)
-    if reduce == "median":
-        middle = np.median(means, axis=0)
-    else:
-        cut = left_out(len(groups))
-        middle = means[cut : len(groups) - cut].mean(axis=0)
-    whole = np.asarray(sums.sum(axis=0))
-    whole[: layout.parameters] = middle * weights.sum()
+    cut = left_out(len(groups)) if reduce == "trimmed-mean" else (len(groups) - 1) // 2
+    weight = np.median(weights) * len(groups)
+    whole[: layout.parameters] = means[cut : len(groups) - cut].mean(axis=0) * weight
+    whole[layout.parameters] = weight
     return whole
+
+
+def is_sound(layout: Layout, contributions: NDArray[np.float64], *, equal_weights: int | None) -> bool:
+    """Whether a sum of contributions can be one of honest sites: a weight above zero, or theirs where all weigh 1."""
+    weight = contributions[layout.parameters]
+    return bool(weight > 0 if equal_weights is None else weight == equal_weights)
 
 
 def left_out(groups: int) -> int:
@@ -206,6 +223,17 @@ def _reach(job: Job) -> float:
     return REACH if job.strategy.weighting == "equal" else REACH * MOST_ROWS
 
 
+def _check_reach(job: Job, most_rows: int | None) -> None:
+    secure = job.secure_aggregation
+    assert secure is not None
+    if job.strategy.weighting == "rows" and secure.reach is None and most_rows is not None and most_rows > MOST_ROWS:
+        raise JobError(
+            f"secure_aggregation.reach: updates are weighted by rows, and a site has {most_rows} of them: {REACH:g} "
+            f"times as many, {REACH * most_rows:g}, would leave room for numbers of up to {REACH:g}; give it, or set "
+            'strategy.weighting = "equal"'
+        )
+
+
 def _clipped(job: Job, ring: Ring, cohort: int, layers: tuple[int, ...]) -> GaussianSum | None:
     client = job.privacy.central
     if client is None:
@@ -238,7 +266,7 @@ def _distributed(job: Job, shape: Shape, sites: int, cohort: int, parameters: in
         noise = _calibrated(
             epsilon=client.epsilon,
             delta=client.delta,
-            rounds=job.training.rounds + client.spare_rounds,
+            rounds=job.training.rounds + max(own.spare_rounds for own in job.privacy.at_sites),
             mechanism=mechanism,
             parameters=parameters,
             clients=honest,

@@ -50,6 +50,8 @@ from privacy.secagg.view import (
 )
 from privacy.secagg.wire import SECRET, SIGNATURE, Advert, Kind, Reader, write, write_table
 
+OVER = "over"
+
 
 class Store(Protocol):
     """Where one client keeps one session's secrets between two messages."""
@@ -109,7 +111,7 @@ class SecureClient:
         if self._slot not in session.members:
             raise Refused("this site is not among the session's members")
         if self._per_round is not None and self._journal.count("vector", _round(session)) >= self._per_round:
-            raise Refused("this site's vector for this round has left already")
+            raise Refused("this site's vector for this round has left already, and the job allows no more retries")
         entropy = self._entropy
         secrets = _Secrets(proposal, key=draw(entropy), blind=draw(entropy), channel=entropy(32))
         advert = Advert(
@@ -246,9 +248,8 @@ class SecureClient:
             shares = {
                 peer: held[:SECRET] if peer in survivors else held[SECRET:] for peer, held in secrets.held.items()
             }
-            answer = self._sealed(secrets, Kind.REVEAL, write_table(shares))
-        self.forget()
-        return answer
+            secrets.stage = OVER
+            return self._sealed(secrets, Kind.REVEAL, write_table(shares))
 
     def forget(self) -> None:
         """Wipe whatever is left of a session."""
@@ -257,7 +258,7 @@ class SecureClient:
 
     @contextmanager
     def _at(self, stage: str) -> Iterator[_Secrets]:
-        """The open session's secrets, saved if the step succeeds; wiped if anything goes wrong."""
+        """The open session's secrets, kept if the step succeeds; wiped after the last, or if anything goes wrong."""
         try:
             content, kept = self._store.load(), self._kept
             # What this process kept itself is not read again: that would take longer than the rest.
@@ -265,7 +266,10 @@ class SecureClient:
             if secrets is None or secrets.stage != stage:
                 raise Refused(f"no session of this site waits for {stage}")
             yield secrets
-            self._keep(secrets)
+            if secrets.stage == OVER:
+                self.forget()
+            else:
+                self._keep(secrets)
         except BaseException:
             self.forget()
             raise

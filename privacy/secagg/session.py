@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
@@ -21,6 +21,9 @@ from privacy.secagg.ring import Ring
 VERSION = 1
 ANONYMITY = 3  # With the colluders' own vectors taken away, a sum is still of three or more.
 SECURITY_BITS = 60  # For graphs that the server can try again by leaving out adverts: 20 bits above the papers' 40.
+
+
+Cohorts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,17 @@ class Shape:
             )
         if regular:
             failing = clients // 10 if dropouts is None else dropouts
+            # Among the fewest that may advertise colluders are denser, and the server chooses who does: so for those.
+            fewest = clients - failing if colluders else clients
+            if fewest < colluders + failing + ANONYMITY:
+                raise JobError(
+                    f"{clients} sites with {colluders} colluders and {failing} dropouts leave too few for a sparse "
+                    "graph; expect fewer of either, or take the complete graph"
+                )
             found = graph_parameters(
-                clients,
-                corrupted=colluders / clients,
-                dropouts=failing / clients,
+                fewest,
+                corrupted=colluders / fewest,
+                dropouts=failing / fewest,
                 adversary="semi-malicious",
                 security_bits=SECURITY_BITS,
             )
@@ -77,8 +87,8 @@ class Shape:
 class Terms:
     """What a site holds any session of one job to; computed from the job and the roster, never from the server.
 
-    `cohorts` are the sets of roster slots that may be summed; None admits every set of `size` slots. `encoding` says in
-    words what the numbers mean; both sides only compare it.
+    `cohorts` are the sets of roster slots that may be summed, or a function from a round to them, where each draws its
+    own; there are `rounds`. `encoding` says in words what the numbers mean; both sides only compare it.
     """
 
     federation: str
@@ -88,8 +98,8 @@ class Terms:
     dropouts: int | None = None
     regular: bool = False
     least: int = 1
-    cohorts: tuple[tuple[int, ...], ...] | None = None
-    size: int | None = None
+    cohorts: Cohorts | Callable[[int], Cohorts]
+    rounds: int = 2**63
     ring: Ring
     encoding: str
     purpose: str = "update"
@@ -102,10 +112,10 @@ class Terms:
         slots = tuple(members)
         if slots != tuple(sorted(set(slots))):
             raise Refused("the members of a session are listed once each, in order")
-        if self.cohorts is not None and slots not in self.cohorts:
+        if not 1 <= round_number <= self.rounds:
+            raise Refused(f"round {round_number} is not one of the job's {self.rounds}")
+        if slots not in (self.cohorts(round_number) if callable(self.cohorts) else self.cohorts):
             raise Refused("the session's members are not a cohort that this job allows")
-        if self.cohorts is None and len(slots) != self.size:
-            raise Refused(f"the session has {len(slots)} members, the job's cohort is {self.size}")
         shape = Shape.of(
             len(slots), colluders=self.colluders, dropouts=self.dropouts, regular=self.regular, least=self.least
         )
@@ -186,8 +196,8 @@ class Session:
 
     def check(self, terms: Terms) -> None:
         """Refuse whatever differs from what `terms` allow for the same members, round, model and server."""
-        if not all(_is_32_bytes(text) for text in (self.model, self.server, self.nonce)) or self.round < 1:
-            raise Refused("the session's round, model, server key or nonce is malformed")
+        if not all(_is_32_bytes(text) for text in (self.model, self.server, self.nonce)):
+            raise Refused("the session's model, server key or nonce is malformed")
         own = terms.session(
             members=self.members,
             round_number=self.round,

@@ -452,6 +452,11 @@ def secure(mechanism: Mechanism = "discrete_gaussian", **fields: Any) -> Distrib
 
 
 class TestDistributedNoise:
+    def test_an_adaptive_clip_beside_it_is_refused(self) -> None:
+        voted = dataclasses.replace(event(2.0), unit="client", quantile_noise=5.0)
+        with pytest.raises(UnsupportedEvent, match="no adjacency here covers both"):
+            epsilon([voted, secure()], 1e-5)
+
     # n, d, granularity, local scale, then epsilon at 1e-5 with discrete Gaussian and with Skellam shares: as
     # google-research's federated/distributed_dp gave them (clip norm 1, one round); the second from its formulas.
     @pytest.mark.parametrize(

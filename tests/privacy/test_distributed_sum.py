@@ -397,7 +397,7 @@ ZERO = np.zeros(5, np.float32)
         *[(JobError, "rounds must be", lambda r=r: calibrated(rounds=r)) for r in (0, 1.5, True)],
         (UnsupportedEvent, "cohort must be", lambda: calibrated(cohort=99)),
         (UnsupportedEvent, "bits must be more", lambda: calibrated(bits=3)),
-        (JobError, "epsilon 0.1 at delta 1e-05 needs more than 12 bits", lambda: calibrated(epsilon=0.1)),
+        (JobError, "epsilon 0.1 at delta 1e-05 is out of reach at 12 bits", lambda: calibrated(epsilon=0.1)),
         *[
             (Refused, r"must be \(5,\) float32, got", lambda u=u: encode(u))
             for u in (np.zeros(4, np.float32), np.zeros((1, 5), np.float32), np.zeros(5), np.zeros(5, np.int64))

@@ -58,6 +58,7 @@ class Sites:
     job: Job = field(default_factory=lambda: make_job(secure_aggregation={}))
     spoil: Spoil = lambda site, request, answer: answer()
     asked: list[tuple[str, str]] = field(default_factory=list)
+    weights: dict[str, float] = field(default_factory=dict)  # Of those that lie about theirs.
 
     def __post_init__(self) -> None:
         self.roster = roster_of(tuple(range(1, self.count + 1)))
@@ -68,7 +69,7 @@ class Sites:
         self.values = {site: float(slot) for slot, site in enumerate(self.names, start=1)}
 
     def gate(self, site: str, slot: int) -> SecureGate:
-        (self.folder / site).mkdir(exist_ok=True)
+        (self.folder / site).mkdir(parents=True, exist_ok=True)
         secure = self.job.secure_aggregation
         assert secure is not None
         member = SecureClient(
@@ -86,7 +87,8 @@ class Sites:
     def contribution(self, site: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         value = self.values[site]
         update = np.linspace(-1, 1, LAYOUT.parameters) * value
-        return np.concatenate([update, [value, value / 2, 10 * value]]).astype(np.float32)
+        weight = self.weights.get(site, value)
+        return np.concatenate([update, [weight, value / 2, 10 * value]]).astype(np.float32)
 
     def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
         for site, request in requests.items():
@@ -239,7 +241,7 @@ class TestRefusals:
         with pytest.raises(RoundAborted):
             sites.collect()
         sites.spoil = silent_from({})
-        with pytest.raises(RoundAborted, match=r"advertise: 0 of 5 .*this round has left already"):
+        with pytest.raises(RoundAborted, match=r"advertise: 0 of 5 .*this round has left already.*start the job anew"):
             sites.collect()
         sites.assert_sum(sites.collect(round_number=2), set(sites.names))
 
@@ -338,6 +340,16 @@ class TestNothingStays:
         assert not (tmp_path / "session").exists()
         assert linked.read_bytes() == bytes(5)
 
+    def test_a_session_file_is_never_somebody_else_s(self, tmp_path: Path) -> None:
+        (tmp_path / "elsewhere").write_bytes(b"")
+        (tmp_path / "session").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(OSError, match="symbolic"):
+            InFile(tmp_path / "session").save(b"a secret")
+        (tmp_path / "session").unlink()
+        (tmp_path / "session").touch(mode=0o644)
+        InFile(tmp_path / "session").save(b"a secret")
+        assert (tmp_path / "session").stat().st_mode & 0o777 == 0o600
+
     def test_a_damaged_session_file_is_refused_and_wiped(self, tmp_path: Path) -> None:
         for content in (b"", b"{", b"{}", b"[]", b'{"key": 3}', b"\xff"):
             sites = Sites(tmp_path, 5)
@@ -348,6 +360,13 @@ class TestNothingStays:
             with pytest.raises(Refused):
                 sites.gates["site-1"].member.share(b"")
             assert not sites.stores["site-1"].path.exists()
+
+
+def test_weights_that_no_honest_sites_have_end_a_round_without_groups(tmp_path: Path) -> None:
+    sites = Sites(tmp_path, 5)
+    sites.weights = {"site-1": -1000.0}
+    with pytest.raises(RoundAborted, match="round 1: secure sum: its weights are not those of honest sites"):
+        sites.collect()
 
 
 class TestGroups:
@@ -368,6 +387,16 @@ class TestGroups:
         groups = groups_of(self.JOB, sites.names)
         assert sorted(site for group in groups for site in group) == sorted(sites.names)
         assert {len(group) for group in groups} == {4}
+
+    def test_a_site_whose_weight_is_a_lie_costs_its_group_and_nobody_else(self, tmp_path: Path) -> None:
+        for number, weight in enumerate((-1000.0, -17.0), start=1):
+            sites = Sites(tmp_path / str(number), 20, job=self.JOB)
+            sites.weights = {"site-7": weight}
+            collected = sites.collect()
+            lying = next(group for group in groups_of(self.JOB, sites.names) if "site-7" in group)
+            assert set(collected.contributors) == set(sites.names) - set(lying)
+            assert np.isfinite(collected.total.update).all()
+            assert collected.total.weight > 0
 
     def test_a_lost_group_is_left_out_while_most_remain(self, tmp_path: Path) -> None:
         sites = Sites(tmp_path, 20, job=self.JOB)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from privacy.audit import audit_run
-from privacy.errors import RoundAborted
+from privacy.errors import RoundAborted, RunError
 from simulations.scenarios import scenario_path
 from simulations.simulate import Watcher, resume_run, start_run
 from strategies.job import load_job
@@ -29,9 +29,9 @@ OPEN = [*SHORT, "privacy.record=none", SECURE]
 SHARES = ["privacy.record=none", "strategy.weighting=equal"]
 
 
-def run(out: Path, *settings: str, scenario: str = "hospitals") -> dict[str, Any] | None:
+def run(out: Path, *settings: str, scenario: str = "hospitals", after: Path | None = None) -> dict[str, Any] | None:
     job = load_job(scenario_path(scenario), settings)
-    return start_run(job, out=out, parent=out.parent, watcher=Watcher(), now=datetime.now(UTC))
+    return start_run(job, out=out, parent=out.parent, watcher=Watcher(), now=datetime.now(UTC), after=after)
 
 
 def model_of(out: Path) -> Any:
@@ -168,6 +168,37 @@ class TestDistributedNoise:
         assert summary["epsilon"]["client"] is not None
         audit = audit_run(tmp_path / "run")
         assert audit.ok, audit.findings
+
+    def test_a_further_job_is_refused_where_its_epsilon_could_not_be_stated_or_would_leave_something_out(
+        self, tmp_path: Path
+    ) -> None:
+        run(tmp_path / "shares", *self.SETTINGS)
+        with pytest.raises(RunError, match="bounds nothing for a record"):
+            run(tmp_path / "records", *SHORT, after=tmp_path / "shares")
+        central = "privacy.client={noise_multiplier=1.0, delta=1e-3}"
+        with pytest.raises(RunError, match="the ledger of cancer-centre would stay behind"):
+            run(tmp_path / "central", *SHORT, *SHARES, central, after=tmp_path / "shares")
+        summary = run(tmp_path / "again", *self.SETTINGS, "seed=8", after=tmp_path / "shares")
+        assert summary is not None
+        assert 4.5 < summary["epsilon"]["client"] < 8.0  # Composed: the sum of the two would be 8.
+        assert audit_run(tmp_path / "again").ok
+
+    def test_noise_is_calibrated_for_all_rounds_that_are_planned(self, tmp_path: Path) -> None:
+        spare = "privacy.record={epsilon=2.0, delta=1e-3, spare_rounds=3, clip_norm=0.5}"
+        summary = run(tmp_path / "run", *self.SETTINGS, spare)
+        assert summary is not None
+        assert summary["epsilon"]["client"] < 4.0
+
+    def test_the_audit_wants_the_run_to_say_who_was_hidden(self, tmp_path: Path) -> None:
+        run(tmp_path / "run", *self.SETTINGS)
+        path = tmp_path / "run" / "summary.json"
+        for claim in (None, {"threshold": 2}):
+            summary = json.loads(path.read_text())
+            summary["secure_aggregation"] = claim
+            path.write_text(json.dumps(summary))
+            audit = audit_run(tmp_path / "run")
+            assert not audit.ok
+            assert any("of its secure sums, job.toml makes it" in finding.why for finding in audit.findings)
 
     def test_seeded_noise_repeats_the_run_though_keys_never_do(self, tmp_path: Path) -> None:
         for name in ("one", "other"):

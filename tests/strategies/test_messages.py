@@ -1,5 +1,7 @@
 """Messages survive the wire; nothing malformed passes the trust boundary, and no value gets into an error."""
 
+import contextlib
+import io
 import json
 import struct
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from strategies.messages import (
     header,
     parse_answer,
     parse_request,
+    unflat,
 )
 from strategies.parameters import Vector, vector_hash
 from strategies.total import Layout
@@ -410,3 +413,51 @@ class TestCheckStepped:
         for request in (ASK, STEP):
             with pytest.raises(MalformedMessage, match="not float32"):
                 parse_request(header(request), array)
+
+
+def npy(array: Any, **changes: Any) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, version=changes.get("version", (1, 0)))
+    return file.getvalue()
+
+
+class TestUnflat:
+    @pytest.mark.parametrize("array", [MODEL, WORDS, np.zeros(0, np.float32), np.zeros(0, np.uint8)])
+    def test_reads_what_numpy_writes(self, array: Any) -> None:
+        read = unflat(npy(array))
+        assert read.dtype == array.dtype
+        np.testing.assert_array_equal(read, array)
+        read[:] = 0
+
+    def archive() -> bytes:  # type: ignore[misc]  # Makes a value of the table below.
+        file = io.BytesIO()
+        np.savez(file, MODEL)
+        return file.getvalue()
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"",
+            b"\x93NUMPY",
+            b"PK\x03\x04 no archive",
+            archive(),
+            npy(MODEL)[:-1],
+            npy(MODEL) + b"\0",
+            npy(MODEL).replace(b"(3,)", b"(9,)"),
+            npy(MODEL).replace(b"(3,), }" + b" " * 14, b"(1000000000000000,), }"),
+            npy(MODEL, version=(2, 0)),
+            npy(MODEL.astype(np.float64)),
+            npy(MODEL.astype(">f4")),
+            npy(MODEL.reshape(1, 3)),
+            b"\x93NUMPY\x01\x00\x06\x00{'a':1",
+        ],
+    )
+    def test_anything_else_is_malformed_and_never_another_error(self, data: bytes) -> None:
+        with pytest.raises(MalformedMessage, match="the array is"):
+            unflat(data)
+
+    @given(data=st.binary(max_size=200), cut=st.integers(0, 200))
+    def test_noise_is_malformed_or_an_array(self, data: bytes, cut: int) -> None:
+        for text in (data, npy(MODEL)[:cut] + data):
+            with contextlib.suppress(MalformedMessage):
+                assert unflat(text).dtype in (np.dtype(np.float32), np.dtype(np.uint8))

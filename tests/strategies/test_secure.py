@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from privacy.accountant import epsilon_pld
 from privacy.errors import JobError, Refused
 from privacy.noise import SeededNoise
-from strategies.secure import SecureSum, groups_of, left_out, reduced, rotation_of
+from server.cohort import draw_cohort
+from strategies.secure import SecureSum, groups_of, is_sound, left_out, reduced, rotation_of
 from strategies.total import Layout
 from tests.privacy.secagg.federation import roster_of
 from tests.strategies.jobs import make_job
@@ -71,10 +72,26 @@ class TestPlan:
         assert one == other
         assert one.cohorts == ((1, 2, 3, 4, 5),)
 
-    def test_a_sampled_cohort_may_be_any_of_its_size(self) -> None:
+    def test_a_sampled_cohort_is_the_one_that_everybody_draws_for_the_round(self) -> None:
         job, roster = make_job(secure_aggregation={}, cohort={"size": 5}), roster_of(tuple(range(1, 9)))
         terms = SecureSum.make(job, sites=8, layout=LAYOUT).terms(job, roster)
-        assert (terms.cohorts, terms.size) == (None, 5)
+        assert callable(terms.cohorts)
+        for number in (1, 2):
+            names = sorted(member.name for member in roster.members)
+            asked = draw_cohort(names, job.cohort, seed=job.seed, round_number=number, secret=lambda n: SOURCE)
+            assert terms.cohorts(number) == (tuple(sorted(roster.member(site).slot for site in asked)),)
+
+    def test_a_cohort_of_more_than_there_are_is_everyone(self) -> None:
+        job, roster = make_job(secure_aggregation={}, cohort={"size": 50}), roster_of(tuple(range(1, 9)))
+        assert SecureSum.make(job, sites=8, layout=LAYOUT).terms(job, roster).cohorts == ((1, 2, 3, 4, 5, 6, 7, 8),)
+
+    def test_sites_with_more_rows_than_the_reach_allows_are_told_before_they_train(self) -> None:
+        job = make_job(secure_aggregation={})
+        SecureSum.make(job, sites=8, layout=LAYOUT, most_rows=512)
+        with pytest.raises(
+            JobError, match=r"secure_aggregation\.reach: .* a site has 5000 of them: 8 times as many, 40000"
+        ):
+            SecureSum.make(job, sites=8, layout=LAYOUT, most_rows=5000)
 
     def test_local_noise_needs_to_be_known_or_given_a_reach(self) -> None:
         local = {"client": {"placement": "local", "delta": 1e-3, "epsilon": 3.0}}
@@ -197,6 +214,22 @@ class TestReduction:
         mean = got[:20] / got[20]
         assert (mean >= min(honest) - 1e-9).all()
         assert (mean <= max(honest) + 1e-9).all()
+
+    @given(lie=st.floats(1e-9, 1e9))
+    def test_a_weight_that_lies_weighs_no_more_than_another(self, lie: float) -> None:
+        sums = [*sums_of([1.0, 1.2, 1.4, 1.6]), *sums_of([1.3], weight=lie)]
+        for reduce in ("median", "trimmed-mean"):
+            got = reduced(LAYOUT, sums, reduce)
+            assert got[20] == 50
+            assert (got[:20] / got[20] <= 1.6).all()
+
+    @pytest.mark.parametrize(("weight", "equal", "sound"), [(0, None, False), (-3, None, False), (1e-6, None, True)])
+    def test_a_sum_without_weight_is_none_of_honest_sites(self, weight: float, equal: int | None, sound: bool) -> None:
+        assert is_sound(LAYOUT, sums_of([1.0], weight=weight)[0], equal_weights=equal) is sound
+
+    @pytest.mark.parametrize("weight", [3.0, 5.0, -4.0, 4.0])
+    def test_where_all_weigh_alike_the_weight_is_their_number(self, weight: float) -> None:
+        assert is_sound(LAYOUT, sums_of([1.0], weight=weight)[0], equal_weights=4) is (weight == 4)
 
     @pytest.mark.parametrize(("groups", "cut"), [(3, 1), (4, 1), (5, 1), (8, 2), (12, 3), (1, 0), (2, 0)])
     def test_so_many_are_left_out(self, groups: int, cut: int) -> None:

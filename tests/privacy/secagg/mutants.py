@@ -158,14 +158,14 @@ MUTANTS = (
         "secrets kept after the reveal",
         "test_protocol -k after_the_other",
         "client",
-        "        self._store.wipe()\n        return answer",
-        "        return answer",
+        "            if secrets.stage == OVER:\n                self.forget()\n",
+        "            if secrets.stage == OVER:\n                pass\n",
     ),
     one(
         "secrets kept after a refusal",
         REFUSALS,
         "client",
-        "except BaseException:\n            self._store.wipe()\n",
+        "except BaseException:\n            self.forget()\n",
         "except BaseException:\n",
     ),
     one(

@@ -147,7 +147,7 @@ ATTACKS = [
     Attack("advertise", "a stranger in the cohort", proposing(members=(*SMALL, 5, 6)), "not a cohort"),
     Attack("advertise", "members out of order", proposing(members=(2, 1, 3, 4, 5)), "once each, in order"),
     Attack("advertise", "no model", proposing(model=""), "malformed"),
-    Attack("advertise", "no round", proposing(round=0), "malformed"),
+    Attack("advertise", "no round", proposing(round=0), "round 0 is not one of the job's"),
     Attack("share", "my advert missing", without(1), OWN),
     Attack("share", "my mask key swapped", with_advert(1, mask=bytes(32)), OWN),
     Attack("share", "my channel key swapped", with_advert(1, channel=bytes(32)), OWN),

@@ -117,7 +117,8 @@ class TestShape:
             ({"clients": 5, "colluders": 9}, "would be one of 0"),
             ({"clients": 5, "colluders": 0, "dropouts": 2}, "allow 1 dropouts"),
             ({"clients": 5, "colluders": 0, "least": 6}, "at least 6 sites cannot come from 5"),
-            ({"clients": 10, "colluders": 7, "regular": True}, "no graph keeps 10 clients safe"),
+            ({"clients": 10, "colluders": 7, "regular": True}, "leave too few for a sparse graph"),
+            ({"clients": 20, "colluders": 7, "dropouts": 4, "regular": True}, "no graph keeps 16 clients safe"),
         ],
     )
     def test_says_what_would_be_possible(self, settings: dict[str, Any], words: str) -> None:
@@ -145,11 +146,18 @@ class TestTerms:
         with pytest.raises(Refused, match="once each, in order"):
             session_of(members=members)
 
-    def test_of_a_size_take_any_cohort_of_that_size(self) -> None:
-        terms = replace(TERMS, cohorts=None, size=6)
+    def test_of_a_drawn_cohort_take_the_one_of_the_round(self) -> None:
+        drawn = {3: ((1, 2, 3, 4, 5, 20),), 4: ((2, 3, 4, 5, 6, 7),)}
+        terms = replace(TERMS, cohorts=drawn.__getitem__)
         session_of(terms, members=(1, 2, 3, 4, 5, 20)).check(terms)
-        with pytest.raises(Refused, match="the session has 5 members, the job's cohort is 6"):
-            session_of(terms, members=(1, 2, 3, 4, 5))
+        with pytest.raises(Refused, match="not a cohort that this job allows"):
+            session_of(terms, members=(1, 2, 3, 4, 5, 20), round_number=4)
+
+    def test_refuse_rounds_that_the_job_does_not_have(self) -> None:
+        terms = replace(TERMS, rounds=3)
+        session_of(terms).check(terms)
+        with pytest.raises(Refused, match="round 4 is not one of the job's 3"):
+            session_of(TERMS, round_number=4).check(terms)
 
     @pytest.mark.parametrize("field", ["model", "server", "nonce"])
     @pytest.mark.parametrize("text", ["", "01" * 31, "01" * 33, "0G" * 32, "AB" * 32, "é" * 64])
@@ -160,7 +168,7 @@ class TestTerms:
 
     @pytest.mark.parametrize("number", [0, -1])
     def test_refuse_a_round_before_the_first(self, number: int) -> None:
-        with pytest.raises(Refused, match="malformed"):
+        with pytest.raises(Refused, match=f"round {number} is not one of the job's"):
             replace(session_of(), round=number).check(TERMS)
 
 
