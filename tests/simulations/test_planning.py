@@ -737,7 +737,7 @@ class TestSecureSums:
         assert str(plan.value) == str(run.value)
 
     def test_a_variant_of_which_no_epsilon_can_be_stated_is_left_out(self) -> None:
-        loud = {**SHARES, "epsilon": 40.0}
+        loud = {**SHARES, "noise_multiplier": 0.6}
         plan = JobPlan.of(make_job(privacy__client=loud, **SECURELY, **EIGHT))
         shown = plan.tables["client"]["noise_multiplier"]
         assert any(variant.planned for variant in shown)
