@@ -185,6 +185,7 @@ class DistributedSum:
         return rounded
 
 
+@lru_cache(maxsize=64)
 def calibrate(
     *,
     epsilon: float,

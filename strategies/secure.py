@@ -11,12 +11,11 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.distributed import Mechanism
 from privacy.distributed_sum import DistributedSum, calibrate
 from privacy.errors import JobError
 from privacy.mechanism import STEPS_PER_CLIP, GaussianSum
@@ -257,58 +256,23 @@ def _distributed(job: Job, shape: Shape, sites: int, cohort: int, parameters: in
             f"privacy.client.delta: {client.delta:g} is not below 1/{sites}, one over the number of clients: it would "
             "allow to publish one of them outright"
         )
-    mechanism: Mechanism = "skellam" if client.shares == "skellam" else "discrete_gaussian"
     # Colluders know their own shares, and so many may be missing: the rest alone must make the sum private.
-    honest = shape.minimum - secure.colluders
+    setting: dict[str, Any] = {
+        "mechanism": "skellam" if client.shares == "skellam" else "discrete_gaussian",
+        "parameters": parameters,
+        "clients": shape.minimum - secure.colluders,
+        "cohort": cohort,
+        "clip_norm": client.clip_norm,
+        "bits": secure.bits,
+    }
     noise = client.noise_multiplier
     if noise is None:
-        assert client.epsilon is not None
-        noise = _calibrated(
-            epsilon=client.epsilon,
-            delta=client.delta,
-            rounds=job.training.rounds + max(own.spare_rounds for own in job.privacy.at_sites),
-            mechanism=mechanism,
-            parameters=parameters,
-            clients=honest,
-            cohort=cohort,
-            clip_norm=client.clip_norm,
-            bits=secure.bits,
-        )
-    return DistributedSum.plan(
-        mechanism=mechanism,
-        parameters=parameters,
-        clients=honest,
-        cohort=cohort,
-        clip_norm=client.clip_norm,
-        noise_multiplier=noise,
-        bits=secure.bits,
-    )
+        rounds = job.training.rounds + max(own.spare_rounds for own in job.privacy.at_sites)
+        noise = _rounded_up(calibrate(epsilon=client.epsilon, delta=client.delta, rounds=rounds, **setting))
+    return DistributedSum.plan(noise_multiplier=noise, **setting)
 
 
-@lru_cache(maxsize=16)
-def _calibrated(
-    *,
-    epsilon: float,
-    delta: float,
-    rounds: int,
-    mechanism: Mechanism,
-    parameters: int,
-    clients: int,
-    cohort: int,
-    clip_norm: float,
-    bits: int,
-) -> float:
-    least = calibrate(
-        epsilon=epsilon,
-        delta=delta,
-        rounds=rounds,
-        mechanism=mechanism,
-        parameters=parameters,
-        clients=clients,
-        cohort=cohort,
-        clip_norm=clip_norm,
-        bits=bits,
-    )
-    # Up to five digits: sites whose machines differ in the last one come to the same noise.
-    step = 10.0 ** (math.floor(math.log10(least)) - 4)
-    return math.ceil(least / step) * step
+def _rounded_up(noise: float) -> float:
+    """To five digits: sites whose machines differ in the last one come to the same noise."""
+    step = 10.0 ** (math.floor(math.log10(noise)) - 4)
+    return math.ceil(noise / step) * step
