@@ -110,8 +110,8 @@ class SecureGate:
                 return self.member.agree(step.body)
             case "reveal":
                 return self.member.reveal(step.body)
-            case _:
-                self.member.forget()
+            case _:  # It may come late, when the next round has begun.
+                self.member.forget(until=step.round_number)
                 return b""
 
     def _mask(self, step: Step, train: Callable[[], Vector]) -> Stepped | Refusal:

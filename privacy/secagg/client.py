@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -251,8 +251,13 @@ class SecureClient:
             secrets.stage = OVER
             return self._sealed(secrets, Kind.REVEAL, write_table(shares))
 
-    def forget(self) -> None:
-        """Wipe whatever is left of a session."""
+    def forget(self, *, until: int | None = None) -> None:
+        """Wipe whatever is left of a session; with `until`, only if it is of that round or an earlier one."""
+        if until is not None and (content := self._store.load()) is not None:
+            with suppress(Refused):  # What is damaged goes as well.
+                secrets = _Secrets.of(content)
+                if secrets is not None and secrets.session.round > until:
+                    return
         self._kept = None
         self._store.wipe()
 

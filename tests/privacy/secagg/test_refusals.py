@@ -314,6 +314,18 @@ class TestOrder:
         with pytest.raises(Refused, match="own advert is missing or altered"):
             ask(federation, 1, "share", requests(server, "share")[1])
 
+    def test_a_round_that_is_over_takes_no_later_session_with_it(self) -> None:
+        federation = five()
+        step(federation, federation.server(round_number=3), "advertise")
+        federation.clients[1].forget(until=2)
+        assert federation.stores[1].load() is not None
+        for until, slot in ((3, 1), (4, 2), (None, 3)):
+            federation.clients[slot].forget(until=until)
+            assert federation.stores[slot].load() is None
+        federation.stores[4].save(b"damaged")
+        federation.clients[4].forget(until=2)
+        assert federation.stores[4].load() is None
+
     def test_nothing_is_kept_after_the_last_answer_or_when_told_to_forget(self) -> None:
         federation = five()
         server = federation.server()
