@@ -124,7 +124,7 @@ class SecureGate:
             reservation = gate.reserve(ask)
             contribution = gate.checked(train(), ask)
             with self.stopwatch.running():
-                rotation = rotation_of(ask.job, ask.round_number, ask.model_hash)
+                rotation = rotation_of(ask.round_number, ask.model_hash)
                 source = self.noise(ask.round_number)
                 words = self.plan.encode(contribution, rotation=rotation, source=source, clip_norm=ask.clip_norm)
                 body = self.member.mask(words)

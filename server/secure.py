@@ -67,7 +67,7 @@ class _Round:
 
     def run(self, total: Total) -> Collected:
         began, layout = time.perf_counter(), total.layout
-        rotation = rotation_of(self.ask.job, self.ask.round_number, self.ask.model_hash)
+        rotation = rotation_of(self.ask.round_number, self.ask.model_hash)
         groups = [self._session(names) for names in self.collector.groups or [self.sites]]
         try:
             sums = self._sums(groups, rotation)

@@ -184,9 +184,9 @@ def left_out(groups: int) -> int:
     return min(max(1, groups // TRIMMED), (groups - 1) // 2)
 
 
-def rotation_of(job: str, round_number: int, model: str) -> bytes:
+def rotation_of(round_number: int, model: str) -> bytes:
     """The public rotation of a round's distributed sum: 32 bytes that all who hold the same model agree on."""
-    return hashlib.sha256(f"fedchorus rotation 1 {job} {round_number} {model}".encode()).digest()
+    return hashlib.sha256(f"fedchorus rotation 1 {round_number} {model}".encode()).digest()
 
 
 def _sizes(job: Job, sites: int) -> tuple[int, int]:
