@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ from privacy.prv import Bounds
 from privacy.secagg.roster import Roster
 from privacy.secure_claims import check_participants
 
+_LONGEST_HEADER = 100_000_000  # Bytes; the format allows no more.
 TOLERANCE = 1e-3  # Of a claimed epsilon: ten times the accountant's grid, far below any figure that matters.
 
 
@@ -214,7 +216,7 @@ def audit_run(run: Path) -> Audit:
     roster, server_key = kept.get("sites"), kept.get("server")
     # Where no site keeps a ledger, who takes part in secure sums stands in the list that the participants signed.
     sites = len(roster) if isinstance(roster, dict) and roster else _participants(run)
-    wanted = _ledgers_of(job, sites, audit)
+    wanted = _ledgers_of(job, sites, _model_size(run), audit)
     if (
         not isinstance(roster, dict)
         or not all(map(SITE_NAME.fullmatch, roster))
@@ -529,6 +531,17 @@ def _check_figures(audit: Audit, ledger: SiteAudit, entries: Sequence[Entry], fo
         claims.check_figures(audit.report, ledger.site, entries, folder.job_hash, claim)
 
 
+def _model_size(run: Path) -> int | None:
+    """How many numbers the released model has, by its file's header (safetensors: a length, JSON), if it is one."""
+    try:
+        with open(run / "model.safetensors", "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            arrays = json.loads(file.read(min(length, _LONGEST_HEADER)))
+        return int(sum(math.prod(array["shape"]) for name, array in arrays.items() if name != "__metadata__"))
+    except (OSError, *_MALFORMED):
+        return None
+
+
 def _participants(run: Path) -> int:
     """How many there are, if the list can be read; whether it can be trusted is `_check_participants`'."""
     try:
@@ -573,10 +586,10 @@ def _is_private(job: Record) -> bool:
     return not isinstance(privacy, dict) or any(unit in privacy for unit in UNITS)
 
 
-def _ledgers_of(job: Record | None, sites: int, audit: Audit) -> claims.Ledgers:
+def _ledgers_of(job: Record | None, sites: int, parameters: int | None, audit: Audit) -> claims.Ledgers:
     try:
         if job is not None:
-            return claims.ledgers_of(job, sites)
+            return claims.ledgers_of(job, sites, parameters)
     except _MALFORMED:
         pass
     # Whatever it was, the ledgers speak for themselves.

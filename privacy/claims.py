@@ -60,16 +60,17 @@ class Ledgers:
         return frozenset().union(*(own.units for own in (self.of_site, self.of_server) if own is not None))
 
 
-def ledgers_of(job: Record, sites: int) -> Ledgers:
+def ledgers_of(job: Record, sites: int, parameters: int | None = None) -> Ledgers:
     """Read from a resolved job: records are protected at the sites; whole clients there, or centrally at the server.
 
-    `sites` is how many take part: noise in shares, charged at each of them like local noise, depends on it.
+    `sites` is how many take part, `parameters` how many numbers the model has: noise in shares, charged at each of them
+    like local noise, depends on both.
     """
     record, client, rounds = job["privacy"].get("record"), job["privacy"].get("client"), job["training"]["rounds"]
     placement = client.get("placement", "central") if client is not None else None
     central, own = (client, None) if placement == "central" else (None, client)
     shared = placement == "distributed"
-    secure = SecurePromise(job, sites) if shared or job.get("secure_aggregation") is not None else None
+    secure = SecurePromise(job, sites, parameters) if shared or job.get("secure_aggregation") is not None else None
     seeded = job.get("simulation", {}).get("noise", "os") == "seeded"
     every = {"adjacency": ADD_OR_REMOVE_ONE, "rng": "seeded-simulation" if seeded else "os"}
     of_site = of_server = None

@@ -28,11 +28,14 @@ Report = Callable[[str | None, int | None, str], None]
 class SecurePromise:
     """What a resolved `job` with secure aggregation promises where `sites` take part.
 
+    `parameters` is how many numbers the model has; None takes a ledger's word for it.
+
     `shape` is that of the smallest sum. Everything raises `JobError` for what no site would have agreed to.
     """
 
     job: Record
     sites: int
+    parameters: int | None = None
 
     @property
     def shape(self) -> Shape:
@@ -99,7 +102,7 @@ class SecurePromise:
     def _noise(self, dimension: int, noise_multiplier: float) -> DistributedNoise:
         return DistributedSum.plan(
             mechanism=self._mechanism,
-            parameters=dimension,
+            parameters=self.parameters or dimension,
             clients=self.honest,
             cohort=-(-self._asked // self._groups),
             clip_norm=self._client["clip_norm"],

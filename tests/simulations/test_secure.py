@@ -200,6 +200,14 @@ class TestDistributedNoise:
             assert not audit.ok
             assert any("of its secure sums, job.toml makes it" in finding.why for finding in audit.findings)
 
+    def test_the_audit_holds_the_dimension_that_was_priced_to_the_model(self, tmp_path: Path) -> None:
+        run(tmp_path / "run", *self.SETTINGS)
+        parameters, model = Parameters.load(tmp_path / "run" / "model.safetensors")
+        longer = Parameters({**parameters.shapes, "more": (40,)})
+        longer.save(np.append(model, np.zeros(40, np.float32)), tmp_path / "run" / "model.safetensors", {})
+        audit = audit_run(tmp_path / "run")
+        assert any("plans dimension 32 for a client" in finding.why for finding in audit.findings)
+
     def test_seeded_noise_repeats_the_run_though_keys_never_do(self, tmp_path: Path) -> None:
         for name in ("one", "other"):
             run(tmp_path / name, *self.SETTINGS, 'simulation.noise="seeded"')
