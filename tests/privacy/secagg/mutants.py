@@ -97,7 +97,13 @@ MUTANTS = (
         'if field.name != "threshold" and getattr(self, field.name) != getattr(own, field.name):',
     ),
     one("terms unchecked", f"{REFUSALS} -k advertise", "client", "session.check(self._terms)", "pass"),
-    unchecked("members unchecked", REFUSALS, "session", "self.cohorts is not None and slots not in self.cohorts"),
+    unchecked(
+        "members unchecked",
+        REFUSALS,
+        "session",
+        "slots not in (self.cohorts(round_number) if callable(self.cohorts) else self.cohorts)",
+    ),
+    unchecked("rounds without end", "test_session", "session", "not 1 <= round_number <= self.rounds"),
     unchecked("a session it is no member of", REFUSALS, "client", "self._slot not in session.members"),
     unchecked(
         "a proposal in another form", "test_session", "session", "bytes(session) != text or session.v != VERSION"
