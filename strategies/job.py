@@ -551,6 +551,8 @@ def _explain(problem: Any) -> str:
             return f"{key} is missing"
         case "value_error":
             return f"{key}: {problem['ctx']['error']}"
+        case "model_type" | "dict_type":
+            return f"{key}: should be a table, got {got!r}"
         case "string_pattern_mismatch":
             return f"{key}: {got!r} is not a name (letters, digits, dot, dash, underscore; at most 64)"
         case _:
