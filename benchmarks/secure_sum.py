@@ -92,6 +92,7 @@ class Federation:
             job="00" * 32,
             colluders=0,
             dropouts=dropouts,
+            rounds=10**6,
             cohorts=(tuple(slots),),
             ring=self.codec.ring,
             encoding="benchmark",

@@ -99,7 +99,7 @@ class Terms:
     regular: bool = False
     least: int = 1
     cohorts: Cohorts | Callable[[int], Cohorts]
-    rounds: int = 2**63
+    rounds: int
     ring: Ring
     encoding: str
     purpose: str = "update"

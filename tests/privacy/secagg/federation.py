@@ -75,7 +75,12 @@ class Federation:
     def __post_init__(self) -> None:
         self.slots = tuple(range(1, self.count + 1))
         self.roster = roster_of(tuple(range(1, self.count + self.strangers + 1)))
-        settings: dict[str, Any] = {"colluders": 0, "cohorts": (self.slots,), "encoding": "whole numbers"}
+        settings: dict[str, Any] = {
+            "colluders": 0,
+            "rounds": 10**6,
+            "cohorts": (self.slots,),
+            "encoding": "whole numbers",
+        }
         settings |= {"federation": "test", "roster": self.roster.hash, "job": JOB, "ring": self.ring}
         self.terms = Terms(**{**settings, **self.changes})
         self.journals = {slot: self.journal(slot) for slot in self.slots}

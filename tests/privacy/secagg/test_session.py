@@ -22,6 +22,7 @@ TERMS = Terms(
     job=TWO,
     colluders=1,
     dropouts=1,
+    rounds=100,
     cohorts=((1, 2, 4, 7, 9, 11), (3, 5, 6, 8, 10, 12)),
     ring=Ring(32, 10, 2),
     encoding="a grid",
