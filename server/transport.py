@@ -96,7 +96,7 @@ class FlowerTransport:
 
 
 def _trains(request: Request) -> bool:
-    return isinstance(request, Ask) or request.ask is not None
+    return isinstance(request, Ask) or (isinstance(request, Step) and request.ask is not None)
 
 
 def _answer(site: str, reply: Message | None) -> Answer | Failure:

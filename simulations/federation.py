@@ -22,6 +22,7 @@ from client.data import (
     site_frames,
     split,
 )
+from client.local import LocalTraining
 from client.site import Files, Seat, Site, SitePlan, layout_for
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
@@ -41,6 +42,8 @@ from strategies.secure import SecureSum
 def load_sites(job: Job) -> dict[str, SiteData]:
     """Read, check, encode and split every site's records, in the order of their names. Raises `DataError`."""
     data = job.data
+    if data.bundled is None and data.path is None and data.files is None:
+        raise JobError(f"job {job.name}: a simulation needs its records: give data.bundled, data.path or data.files")
     if job.simulation.partition is not None:
         whole = encode(_one_table(job), data, where=data.bundled or data.path or "")
         sites = partition(whole, job.simulation.partition, seed=job.seed)
@@ -145,14 +148,23 @@ class Federation:
 
     def client(self, name: str, plan: SitePlan, files: Files | None, seat: Seat | None = None) -> Handler:
         """The client of one site, wrapped in the faults that the job asks for."""
-        site = Site(
+        layout = layout_for(self.job, self.trainer.parameters.size)
+        training = LocalTraining(
             name,
             job=self.job,
             plan=plan,
             strategy=self.strategy,
             trainer=self.trainer,
             records=self.data[name].train,
+            layout=layout,
             noise=lambda round_number: self.noise(name, round_number),
+        )
+        site = Site(
+            name,
+            job=self.job,
+            plan=plan,
+            layout=layout,
+            train=training,
             guard_noise=lambda round_number: self.noise(f"{name} as a whole", round_number),
             files=files,
             simulation=True,

@@ -72,10 +72,11 @@ class Column(Section):
 class Data(Section):
     """Where the records are and what they must look like.
 
-    The target is 0 or 1, or one of `classes`, or positive exactly where it is among `positive`. Exactly one of
-    `bundled` (a data set that a dependency carries), `path` (one CSV or Parquet file, its sites named
-    by the column `client`) and `files` (one file per site). Relative paths start at `folder`, which starts at the
-    job file. `dataset` names the records at each site: a site keeps one ledger for each.
+    The target is 0 or 1, or one of `classes`, or positive exactly where it is among `positive`. At most one of
+    `bundled` (a data set that a dependency carries), `path` (one CSV or Parquet file, its sites named by the column
+    `client`) and `files` (one file per site) says where a simulation finds the records; in a deployment each site has
+    its own. Relative paths start at `folder`, which starts at the job file. `dataset` names the records at each site:
+    a site keeps one ledger for each.
     """
 
     dataset: Name = "records"
@@ -101,8 +102,8 @@ class Data(Section):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         sources = [name for name in ("bundled", "path", "files") if getattr(self, name) is not None]
-        if len(sources) != 1:
-            raise ValueError(f"give exactly one of bundled, path and files; got {' and '.join(sources) or 'none'}")
+        if len(sources) > 1:
+            raise ValueError(f"give at most one of bundled, path and files; got {' and '.join(sources)}")
         if self.positive is not None and self.classes is not None:
             raise ValueError("give at most one of positive and classes")
         _refuse_repeated("classes", self.classes)
@@ -467,6 +468,14 @@ class Job(Section):
             )
         if self.privacy.distributed is not None and secure.reach is not None:
             raise ValueError("secure_aggregation.reach: distributed noise finds its own from clip_norm; leave it out")
+
+    @cached_property
+    def portable(self) -> Job:
+        """The job as it is sent to data holders: without what only a simulation has, and where it finds the records."""
+        sources = dict.fromkeys(("bundled", "path", "files", "client"))
+        data = self.data.model_copy(update={**sources, "folder": "."})
+        training = self.training.model_copy(update={"device": "auto"})  # Each site's own affair.
+        return self.model_copy(update={"data": data, "training": training, "simulation": Simulation()})
 
     @property
     def least_answers(self) -> int:

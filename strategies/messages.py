@@ -95,8 +95,46 @@ class Stepped:
     head: Head | None = None
 
 
-Request = Ask | Step
-Answer = Reply | Refusal | Stepped
+@dataclass(frozen=True)
+class Offer:
+    """The server offers a job before its first round: the whole job, and the model that it begins with, by its hash.
+
+    `shapes` is the digest of the model's arrays (`Parameters.digest`), of `parameters` scalars; `version` is the
+    server's package. `approvals` are (public key, signature) pairs over `approval_of`, in hexadecimal.
+    """
+
+    job: str
+    toml: str = field(repr=False)
+    model_hash: str
+    parameters: int
+    shapes: str
+    version: str
+    approvals: tuple[tuple[str, str], ...] = ()
+    round_number: int = 0
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """The server hands the job's last model to a site: the job is over, what was not spent of its plan is free."""
+
+    job: str
+    round_number: int
+    model: Vector
+    model_hash: str
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """A site takes an offer, or has kept a delivered model; with its ledger's newest head."""
+
+    site: str
+    job: str
+    round_number: int
+    head: Head | None = None
+
+
+Request = Ask | Step | Offer | Deliver
+Answer = Reply | Refusal | Stepped | Agreed
 Words = NDArray[np.uint8]
 
 
@@ -134,6 +172,29 @@ def check_stepped(answer: Stepped, *, step: Step, site: str) -> None:
         raise MalformedMessage("the answer is for another job, round or stage")
 
 
+def check_deliver(message: Deliver, *, job: str, parameters: int) -> None:
+    """At a site: refuse a model of another job or shape, one that its hash does not name, or one that is not finite."""
+    check_ask(
+        Ask(message.job, message.round_number, message.model, message.model_hash, None), job=job, parameters=parameters
+    )
+
+
+def check_agreed(answer: Answer, *, request: Offer | Deliver, site: str) -> Agreed:
+    """At the server: refuse an answer of another site, job or round, or of another kind."""
+    if not isinstance(answer, Agreed):
+        raise MalformedMessage("the answer is of another kind than its request")
+    if answer.site != site:
+        raise MalformedMessage("the answer carries another site's name")
+    if (answer.job, answer.round_number) != (request.job, request.round_number):
+        raise MalformedMessage("the answer is for another job or round")
+    return answer
+
+
+def approval_of(job: str, model_hash: str) -> bytes:
+    """What an approver signs: the job and the model that it begins with."""
+    return b"fedchorus approval v1\0" + bytes.fromhex(job) + bytes.fromhex(model_hash)
+
+
 def _check_vector(vector: object, size: int, what: str) -> None:
     if not isinstance(vector, np.ndarray) or vector.dtype != np.float32 or vector.shape != (size,):
         found = f"{vector.dtype} {vector.shape}" if isinstance(vector, np.ndarray) else type(vector).__name__
@@ -151,7 +212,7 @@ NOTHING = np.zeros(0, np.float32)
 def flat_array(message: Request | Answer) -> Vector | Words:
     """The array that travels beside a message's header."""
     match message:
-        case Ask():
+        case Ask() | Deliver():
             return message.model
         case Reply():
             return message.contribution
@@ -159,7 +220,7 @@ def flat_array(message: Request | Answer) -> Vector | Words:
             return NOTHING if message.ask is None else message.ask.model
         case Stepped():
             return message.words
-        case Refusal():
+        case Refusal() | Offer() | Agreed():
             return NOTHING
 
 
@@ -184,6 +245,9 @@ def unflat(data: bytes) -> Vector | Words:
     return flat
 
 
+OFFERED = ("toml", "model_hash", "parameters", "shapes", "version", "approvals")
+
+
 def header(message: Request | Answer) -> str:
     """The JSON header of a message; its array travels beside it."""
     match message:
@@ -193,6 +257,12 @@ def header(message: Request | Answer) -> str:
             fields = {"site": message.site, "head": message.head}
         case Refusal():
             fields = {"site": message.site}
+        case Agreed():
+            fields = {"site": message.site, "head": message.head}
+        case Deliver():
+            fields = {"model_hash": message.model_hash}
+        case Offer():
+            fields = {name: getattr(message, name) for name in OFFERED}
         case Step():
             ask = None if message.ask is None else _ask_fields(message.ask)
             fields = {"stage": message.stage, "body": _text(message.body), "ask": ask}
@@ -209,9 +279,16 @@ def _ask_fields(ask: Ask) -> dict[str, Any]:
 def parse_request(text: str, array: Vector | Words) -> Request:
     """Raises `MalformedMessage`; the model itself is checked by `check_ask`."""
     ask_keys = {"model_hash", "witness", "clip_norm"}
-    fields = _parse(text, {"ask": ask_keys, "step": {"stage", "body", "ask"}})
-    if fields["kind"] == "ask":
-        return _ask(fields, fields, array)
+    kinds = {"ask": ask_keys, "step": {"stage", "body", "ask"}, "offer": set(OFFERED), "deliver": {"model_hash"}}
+    fields = _parse(text, kinds)
+    match fields["kind"]:
+        case "ask":
+            return _ask(fields, fields, array)
+        case "offer":
+            return _offer(fields)
+        case "deliver":
+            asked = _ask(fields, {**fields, "witness": None, "clip_norm": None}, array)
+            return Deliver(asked.job, asked.round_number, asked.model, asked.model_hash)
     asked = fields["ask"]
     if asked is not None and (not isinstance(asked, dict) or set(asked) != ask_keys):
         raise MalformedMessage("the header's request to train has other keys than one has")
@@ -232,9 +309,31 @@ def _ask(fields: dict[str, Any], asked: dict[str, Any], array: Vector | Words) -
     return Ask(fields["job"], fields["round"], array.view(np.float32), asked["model_hash"], witness, clip_norm)
 
 
+def _offer(fields: dict[str, Any]) -> Offer:
+    approvals = fields["approvals"]
+    if not all(isinstance(fields[name], str) for name in ("toml", "version")):
+        raise MalformedMessage("the offer's toml or version is not text")
+    if not (_is_digest(fields["model_hash"]) and _is_digest(fields["shapes"]) and _is_digest(fields["job"])):
+        raise MalformedMessage("the offer's job, model_hash or shapes is not a SHA-256 in hexadecimal")
+    if type(fields["parameters"]) is not int or fields["parameters"] < 1 or fields["round"] != 0:
+        raise MalformedMessage("the offer's parameters or round is not a whole number that it can be")
+    if not isinstance(approvals, list) or not all(_is_approval(pair) for pair in approvals):
+        raise MalformedMessage("the offer's approvals are not pairs of a key and a signature in hexadecimal")
+    given = {name: fields[name] for name in OFFERED if name != "approvals"}
+    return Offer(fields["job"], approvals=tuple((key, signature) for key, signature in approvals), **given)
+
+
+def _is_approval(pair: object) -> bool:
+    match pair:
+        case [str(key), str(signature)]:
+            return _is_digest(key) and re.fullmatch("[0-9a-f]{128}", signature) is not None
+    return False
+
+
 def parse_answer(text: str, array: Vector | Words) -> Answer:
     """Raises `MalformedMessage`; the array itself is checked by `check_reply` or the secure sum."""
     kinds = {"reply": {"site", "head"}, "refusal": {"site"}, "stepped": {"site", "stage", "body", "head"}}
+    kinds["agreed"] = {"site", "head"}
     fields = _parse(text, kinds)
     if not isinstance(fields["site"], str):
         raise MalformedMessage("the header's site is not a string")
@@ -242,6 +341,8 @@ def parse_answer(text: str, array: Vector | Words) -> Answer:
     match fields["kind"]:
         case "refusal":
             return Refusal(site, job, number)
+        case "agreed":
+            return Agreed(site, job, number, _head(fields["head"]))
         case "reply":
             return Reply(site, job, number, array, _head(fields["head"]))  # type: ignore[arg-type]  # `check_reply`.
         case _:

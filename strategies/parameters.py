@@ -35,6 +35,12 @@ class Parameters:
         """P: the number of scalars."""
         return sum(self.sizes)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of names and shapes in order, hexadecimal: what two sides compare."""
+        record = [[name, list(shape)] for name, shape in self.shapes.items()]
+        return hashlib.sha256(json.dumps(record, separators=(",", ":")).encode()).hexdigest()
+
     def split(self, vector: Vector) -> dict[str, Vector]:
         """Named views into `vector`, in its own memory."""
         arrays, offset = {}, 0

@@ -15,17 +15,23 @@ from hypothesis import strategies as st
 
 from privacy.ledger import Head
 from strategies.messages import (
+    Agreed,
     Answer,
     Ask,
+    Deliver,
     MalformedMessage,
+    Offer,
     Refusal,
     Reply,
     Request,
     Stage,
     Step,
     Stepped,
+    approval_of,
     ask_for,
+    check_agreed,
     check_ask,
+    check_deliver,
     check_reply,
     check_stepped,
     flat_array,
@@ -48,6 +54,9 @@ REPLY = Reply("north", JOB, 7, CONTRIBUTION, Head(4, "ef" * 32))
 REFUSAL = Refusal("north", JOB, 7)
 STEP = Step(JOB, 7, "mask", b"\x01\x02", ASK)
 STEPPED = Stepped("north", JOB, 7, "mask", b"\x03\x04", np.array([1, 2, 3], np.uint8), Head(4, "ef" * 32))
+OFFER = Offer(JOB, "name = 'x'\n", vector_hash(MODEL), 3, "12" * 32, "0.1.0", (("34" * 32, "56" * 64),))
+DELIVER = Deliver(JOB, 7, MODEL, vector_hash(MODEL))
+AGREED = Agreed("north", JOB, 7, Head(4, "ef" * 32))
 
 rounds = st.integers(-(10**30), 10**30)
 heads = st.none() | st.builds(Head, st.integers(0, 10**30), st.text())
@@ -102,6 +111,15 @@ class TestHeader:
     def test_an_answer_to_a_step_survives_the_wire(self, answer: Stepped) -> None:
         assert content(parse_answer(header(answer), flat_array(answer))) == content(answer)
 
+    @given(toml=st.text(), version=st.text(), approvals=st.lists(st.tuples(digests, st.just("56" * 64))))
+    def test_an_offer_survives_the_wire(self, toml: str, version: str, approvals: list[tuple[str, str]]) -> None:
+        offer = Offer(JOB, toml, "ab" * 32, 3, "12" * 32, version, tuple(approvals))
+        assert parse_request(header(offer), flat_array(offer)) == offer
+
+    def test_a_delivery_and_an_agreement_survive_the_wire(self) -> None:
+        assert content(parse_request(header(DELIVER), flat_array(DELIVER))) == content(DELIVER)
+        assert parse_answer(header(AGREED), flat_array(AGREED)) == AGREED
+
     def test_never_changes(self) -> None:
         # Pinned from the first release: sites of different versions must understand each other or say that they do not.
         assert json.loads(header(ASK)) == {
@@ -141,6 +159,14 @@ class TestHeader:
             "head": [4, "ef" * 32],
         }
 
+        offered = {"toml": "name = 'x'\n", "model_hash": vector_hash(MODEL), "parameters": 3, "shapes": "12" * 32}
+        offered |= {"version": "0.1.0", "approvals": [["34" * 32, "56" * 64]]}
+        assert json.loads(header(OFFER)) == {"v": 1, "kind": "offer", "job": JOB, "round": 0, **offered}
+        delivered = {"v": 1, "kind": "deliver", "job": JOB, "round": 7, "model_hash": vector_hash(MODEL)}
+        assert json.loads(header(DELIVER)) == delivered
+        agreed = {"v": 1, "kind": "agreed", "job": JOB, "round": 7, "site": "north", "head": [4, "ef" * 32]}
+        assert json.loads(header(AGREED)) == agreed
+
     def test_a_refusal_has_one_shape_and_room_for_no_reason(self) -> None:
         assert [field.name for field in fields(Refusal)] == ["site", "job", "round_number"]
         assert json.loads(header(REFUSAL)) == {"v": 1, "kind": "refusal", "job": JOB, "round": 7, "site": "north"}
@@ -156,6 +182,9 @@ GOOD = {
     "refusal": json.loads(header(REFUSAL)),
     "step": json.loads(header(STEP)),
     "stepped": json.loads(header(STEPPED)),
+    "offer": json.loads(header(OFFER)),
+    "deliver": json.loads(header(DELIVER)),
+    "agreed": json.loads(header(AGREED)),
 }
 PARSERS: dict[str, Callable[[str], Any]] = {
     "ask": lambda text: parse_request(text, MODEL),
@@ -163,6 +192,9 @@ PARSERS: dict[str, Callable[[str], Any]] = {
     "refusal": lambda text: parse_answer(text, CONTRIBUTION),
     "step": lambda text: parse_request(text, MODEL),
     "stepped": lambda text: parse_answer(text, STEPPED.words),
+    "offer": lambda text: parse_request(text, MODEL),
+    "deliver": lambda text: parse_request(text, MODEL),
+    "agreed": lambda text: parse_answer(text, CONTRIBUTION),
 }
 ABSENT = object()
 
@@ -201,6 +233,24 @@ class TestMalformedHeaders:
             ("ask", "witness", ABSENT, "keys"),
             ("ask", "witness", 3, "model_hash or witness"),
             ("ask", "code", "import os", "keys"),
+            ("offer", "toml", 3, "toml or version"),
+            ("offer", "version", None, "toml or version"),
+            ("offer", "job", "not a digest", "SHA-256"),
+            ("offer", "model_hash", "AB" * 32, "SHA-256"),
+            ("offer", "shapes", None, "SHA-256"),
+            ("offer", "parameters", 0, "whole number"),
+            ("offer", "parameters", True, "whole number"),
+            ("offer", "round", 1, "whole number"),
+            ("offer", "approvals", None, "approvals"),
+            ("offer", "approvals", ["34" * 32], "approvals"),
+            ("offer", "approvals", [["34" * 32, "56"]], "approvals"),
+            ("offer", "approvals", [["34" * 32, "56" * 64, 1]], "approvals"),
+            ("offer", "code", "import os", "keys"),
+            ("deliver", "model_hash", None, "model_hash"),
+            ("deliver", "model_hash", ABSENT, "keys"),
+            ("agreed", "site", None, "site"),
+            ("agreed", "head", [4], "head"),
+            ("agreed", "why", "no such patient", "keys"),
             ("step", "stage", "train", "stage"),
             ("step", "stage", None, "comes with the stage mask"),
             ("step", "stage", "share", "comes with the stage mask"),
@@ -461,3 +511,34 @@ class TestUnflat:
         for text in (data, npy(MODEL)[:cut] + data):
             with contextlib.suppress(MalformedMessage):
                 assert unflat(text).dtype in (np.dtype(np.float32), np.dtype(np.uint8))
+
+
+class TestDeliveries:
+    def test_a_model_of_another_job_shape_or_hash_is_refused(self) -> None:
+        check_deliver(DELIVER, job=JOB, parameters=3)
+        for wrong, said in [
+            (replace(DELIVER, job="cd" * 32), "another job"),
+            (replace(DELIVER, model=MODEL[:2]), "float32"),
+            (replace(DELIVER, model_hash="cd" * 32), "hash"),
+            (replace(DELIVER, model=np.full(3, np.nan, np.float32)), "finite"),
+        ]:
+            with pytest.raises(MalformedMessage, match=said):
+                check_deliver(wrong, job=JOB, parameters=3)
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            (REPLY, "another kind"),
+            (replace(AGREED, site="south"), "another site"),
+            (replace(AGREED, job="cd" * 32), "another job or round"),
+            (replace(AGREED, round_number=6), "another job or round"),
+        ],
+    )
+    def test_an_agreement_to_something_else_is_refused(self, answer: Answer, said: str) -> None:
+        assert check_agreed(AGREED, request=DELIVER, site="north") == AGREED
+        with pytest.raises(MalformedMessage, match=said):
+            check_agreed(answer, request=DELIVER, site="north")
+
+    def test_an_approval_is_of_one_job_and_one_model(self) -> None:
+        approvals = {approval_of(job, model) for job in (JOB, "cd" * 32) for model in ("12" * 32, "34" * 32)}
+        assert len(approvals) == 4
