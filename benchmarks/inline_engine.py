@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from client.data import Records
+from client.local import LocalTraining
 from client.site import Site, SitePlan, layout_for
 from client.tasks import initial_model, task_for
 from client.training import Trainer
@@ -76,22 +77,33 @@ class Inline:
         self._start = trainer.read().copy()
         by_name = dict(zip(self._names, clients, strict=True))
 
+        layout = layout_for(job, trainer.parameters.size)
+
         def open_client(name: str) -> Site:
-            return Site(
+            plan = SitePlan(rows=len(by_name[name]))
+            training = LocalTraining(
                 name,
                 job=job,
-                plan=SitePlan(rows=len(by_name[name])),
+                plan=plan,
                 strategy=self._strategy,
                 trainer=trainer,
                 records=by_name[name],
+                layout=layout,
                 noise=lambda _: OsNoise(),
+            )
+            return Site(
+                name,
+                job=job,
+                plan=plan,
+                layout=layout,
+                train=training,
                 guard_noise=lambda _: OsNoise(),
                 files=None,
                 simulation=True,
             )
 
         self._collector = PlainCollector(InlineTransport(open_client))
-        self._release = PlainRelease(layout_for(job, trainer.parameters.size))
+        self._release = PlainRelease(layout)
         self.model = self._start
 
     def run(self) -> None:

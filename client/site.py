@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from client.data import Records
 from client.gate import Account, Gate, Guard, Outbox
 from client.secure import SecureGate, Stopwatch
-from client.training import DeviceRecords, Trainer
 from privacy.accountant import noise_multiplier_for
 from privacy.budget import Accounts, JobAccount, Limit, SiteBudget
 from privacy.dpsgd import RecordLevelSgd
@@ -29,7 +23,6 @@ from privacy.secagg.roster import Roster
 from strategies.job import Job, Protection
 from strategies.messages import Answer, Ask, MalformedMessage, Request, Step
 from strategies.parameters import Vector
-from strategies.protocol import Strategy
 from strategies.secure import SecureSum
 from strategies.total import BELOW_CLIP, Layout
 
@@ -154,10 +147,10 @@ def layout_for(job: Job, parameters: int) -> Layout:
 
 
 class Site:
-    """A data holder's client.
+    """A data holder's client: the gate of one job, and what trains behind it.
 
-    `noise` makes the source of one round's training and `guard_noise` that of its local noise, so a simulation can seed
-    each by itself.
+    `train` answers a request with a contribution ((layout.size,) float32), in this process or in another; `guard_noise`
+    makes the source of one round's local noise, so a simulation can seed each site's by itself.
     """
 
     def __init__(
@@ -166,20 +159,16 @@ class Site:
         *,
         job: Job,
         plan: SitePlan,
-        strategy: Strategy,
-        trainer: Trainer,
-        records: Records,
-        noise: Callable[[int], NoiseSource],
+        layout: Layout,
+        train: Callable[[Ask], Vector],
         guard_noise: Callable[[int], NoiseSource],
         files: Files | None,
         simulation: bool,
         seat: Seat | None = None,
     ) -> None:
         self._name = name
-        self._job, self._plan, self._strategy, self._trainer = job, plan, strategy, trainer
-        self._noise, self._guard_noise = noise, guard_noise
-        self._records: DeviceRecords = trainer.place(records)
-        self._layout = layout_for(job, trainer.parameters.size)
+        self._job, self._plan, self._layout, self._train = job, plan, layout, train
+        self._guard_noise = guard_noise
         self._files, self._simulation, self._seat = files, simulation, seat
         self._gate: Gate | SecureGate | None = None
 
@@ -200,23 +189,6 @@ class Site:
             case Step(), SecureGate():
                 return self._gate.answer(request, lambda: self._train(_asked(request)))
         raise MalformedMessage("this site's job has it otherwise: with secure aggregation, or without")
-
-    def _train(self, ask: Ask) -> Vector:
-        self._trainer.load(ask.model)
-        if self._plan.sgd is not None:
-            self._trainer.train_privately(self._records, self._plan.sgd, self._noise(ask.round_number))
-            metrics: dict[str, float] = {}
-        else:
-            metrics = self._trainer.train(
-                self._records, seed=training_seed(self._job.seed, self._name, ask.round_number)
-            )
-        contribution = np.zeros(self._layout.size, dtype=np.float32)
-        update = contribution[: self._layout.parameters]
-        weight = self._strategy.contribution(ask.model, self._trainer.read(), rows=self._plan.rows, out=update)
-        contribution[self._layout.parameters] = weight
-        for position, name in enumerate(self._layout.metrics, start=self._layout.parameters + 1):
-            contribution[position] = metrics.get(name, 0.0)
-        return contribution
 
     def _open_gate(self) -> Gate | SecureGate:
         """Open the ledger on first contact: a site that is never asked writes nothing."""
@@ -260,9 +232,3 @@ class Site:
 def _asked(step: Step) -> Ask:
     assert step.ask is not None
     return step.ask
-
-
-def training_seed(seed: int, site: str, round_number: int) -> int:
-    """The seed of one site's batches in one round: 63 bits, the same on every machine. Not for noise or keys."""
-    text = json.dumps(["fedchorus batches", seed, site, round_number]).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

@@ -5,26 +5,28 @@ number of steps that it trains with are the ones its `event` charges, so they ca
 
 Per-example gradients come from `torch.func` (vmap over grad) behind the small `PerExampleGradients` seam: on CPU it
 is the fastest of the exact engines, and on models without batch statistics it equals a loop over single records.
+
+torch is imported where it trains alone: a gate that charges for training in another process does without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from privacy.errors import JobError
 from privacy.events import GaussianEvent
 from privacy.mechanism import GaussianSum
 from privacy.noise import NoiseSource, poisson_sample
 
-LossPerExample = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LossPerExample = Callable[["Tensor", "Tensor"], "Tensor"]
 """(outputs (B, ...), targets (B, ...)) -> losses (B,)."""
 
 PHYSICAL_BATCH = 1024  # Rows whose gradients are held at once: memory is this times the number of parameters.
@@ -39,6 +41,8 @@ class VmapGradients:
     """`PerExampleGradients` of `model` and `loss` by vmap(grad); parameters in the order of `model.parameters()`."""
 
     def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
+        from torch.func import grad, vmap
+
         self._model, self._loss = model, loss
         trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._names = [name for name, _ in trainable]
@@ -52,7 +56,10 @@ class VmapGradients:
         return result
 
     def _loss_of_one(self, parameters: Tensor, features: Tensor, target: Tensor) -> Tensor:
-        views = torch.split(parameters, self._sizes)
+        from torch import split
+        from torch.func import functional_call
+
+        views = split(parameters, self._sizes)
         named = {name: view.view(shape) for name, view, shape in zip(self._names, views, self._shapes, strict=True)}
         outputs = functional_call(self._model, named, (features.unsqueeze(0),))
         return self._loss(outputs, target.unsqueeze(0)).squeeze(0)
@@ -94,6 +101,8 @@ class RecordLevelSgd:
         Batches and noise are drawn from `source`. Weight decay acts on the parameters alone, after the noise, and
         costs nothing.
         """
+        import torch
+
         rows = len(features)
         expected_batch = self.sampling_rate * rows
         for _ in range(self.steps):
@@ -119,10 +128,12 @@ class RecordLevelSgd:
 
 
 def _mixes_or_keeps_records(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+    if isinstance(module, _BatchNorm):
         return True
     # What is left of these are InstanceNorms: they normalise each record by itself, but may keep running statistics.
-    return isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+    return isinstance(module, _NormBase) and module.track_running_stats
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from client.data import class_count, feature_names
-from client.site import SitePlan, training_seed
+from client.local import training_seed
+from client.site import SitePlan
 from client.tasks import initial_model
 from client.training import DeviceRecords, Trainer
 from server.cohort import expected_size

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from client.data import Records
-from client.site import Files, Site, SitePlan, layout_for, training_seed
+from client.local import LocalTraining, training_seed
+from client.site import Files, Site, SitePlan, layout_for
 from client.tasks import initial_model, task_for
 from client.training import Trainer
 from privacy.accountant import epsilon_pld
@@ -62,14 +63,24 @@ def make_site(
     simulation: bool = True,
 ) -> Site:
     trainer, records = trainer or make_trainer(job), records or some_records()
-    return Site(
+    plan = SitePlan.make(job, rows=len(records), parameters=trainer.parameters.size, rng=SeededNoise.kind, site=name)
+    layout = layout_for(job, trainer.parameters.size)
+    training = LocalTraining(
         name,
         job=job,
-        plan=SitePlan.make(job, rows=len(records), parameters=trainer.parameters.size, rng=SeededNoise.kind, site=name),
+        plan=plan,
         strategy=strategy_for(job),
         trainer=trainer,
         records=records,
+        layout=layout,
         noise=noise or (lambda round_number: SeededNoise(job.seed, name, round_number)),
+    )
+    return Site(
+        name,
+        job=job,
+        plan=plan,
+        layout=layout,
+        train=training,
         guard_noise=noise or (lambda round_number: SeededNoise(job.seed, name, "guard", round_number)),
         files=files,
         simulation=simulation,
