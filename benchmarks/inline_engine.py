@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from client.data import Records
 from client.local import LocalTraining
-from client.site import Site, SitePlan, layout_for
+from client.site import Site, SitePlan
 from client.tasks import initial_model, task_for
 from client.training import Trainer
 from privacy.noise import OsNoise
@@ -30,6 +30,7 @@ from simulations.inline import InlineTransport
 from strategies.catalogue import strategy_for
 from strategies.job import Job, check_job
 from strategies.protocol import ServerState
+from strategies.total import layout_for
 
 ROWS, FEATURES, BATCH, RATE = 100, 30, 10, 0.05
 

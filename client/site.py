@@ -24,9 +24,7 @@ from strategies.job import Job, Protection
 from strategies.messages import Answer, Ask, MalformedMessage, Request, Step
 from strategies.parameters import Vector
 from strategies.secure import SecureSum
-from strategies.total import BELOW_CLIP, Layout
-
-TRAINING_METRICS = ("loss", "examples")
+from strategies.total import Layout
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,6 @@ def _mechanism(own: Protection, noise: float, layers: tuple[int, ...]) -> Gaussi
 def _calibrated(own: Protection, rate: float, count: int) -> float:
     assert own.epsilon is not None
     return noise_multiplier_for(target_epsilon=own.epsilon, delta=own.delta, sampling_rate=rate, count=count)
-
-
-def layout_for(job: Job, parameters: int) -> Layout:
-    """With privacy no training metrics are sent: each would be one more release."""
-    central = job.privacy.central
-    if central is not None and central.adaptive_clip is not None:
-        return Layout(parameters, (BELOW_CLIP,))
-    return Layout(parameters, () if job.privacy.record or job.privacy.client else TRAINING_METRICS)
 
 
 class Site:

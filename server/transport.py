@@ -111,17 +111,31 @@ def _answer(site: str, reply: Message | None) -> Answer | Failure:
 
 
 def _pack(request: Request) -> RecordDict:
-    """One header and one flat array: Flower parses a header per array, so one is the cheapest number of arrays."""
-    array = ArrayRecord({"flat": Array(flat_array(request))})
-    return RecordDict({"header": ConfigRecord({"json": header(request)}), "vector": array})
+    return RecordDict({"header": ConfigRecord({"json": header(request)}), "vector": pack_array(flat_array(request))})
 
 
 def _unpack(content: RecordDict) -> tuple[str, Vector | Words]:
     """Raises `MalformedMessage` when the content is not what `_pack` makes."""
     try:
-        text, data = content["header"]["json"], content["vector"]["flat"].data
+        text = content["header"]["json"]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise MalformedMessage("the content is not one header and one flat array") from None
-    if not isinstance(text, str) or not isinstance(data, bytes):
-        raise MalformedMessage("the header is not text, or the array not bytes")
-    return text, unflat(data)
+    if not isinstance(text, str):
+        raise MalformedMessage("the header is not text")
+    return text, unpack_array(content)
+
+
+def pack_array(array: Vector | Words) -> ArrayRecord:
+    """One flat array: Flower parses a header per array, so one is the cheapest number of arrays."""
+    return ArrayRecord({"flat": Array(array)})
+
+
+def unpack_array(content: RecordDict) -> Vector | Words:
+    """Raises `MalformedMessage` when the content has not what `pack_array` makes as its vector."""
+    try:
+        data = content["vector"]["flat"].data
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise MalformedMessage("the content is not one header and one flat array") from None
+    if not isinstance(data, bytes):
+        raise MalformedMessage("the array is not bytes")
+    return unflat(data)

@@ -23,7 +23,7 @@ from client.data import (
     split,
 )
 from client.local import LocalTraining
-from client.site import Files, Seat, Site, SitePlan, layout_for
+from client.site import Files, Seat, Site, SitePlan
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
 from privacy.errors import DataError, JobError
@@ -37,6 +37,7 @@ from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.protocol import Strategy
 from strategies.secure import SecureSum
+from strategies.total import layout_for
 
 
 def load_sites(job: Job) -> dict[str, SiteData]:

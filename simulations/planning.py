@@ -208,7 +208,7 @@ class JobPlan:
         kept = groups
         if len(groups) > MOST_SETTINGS:
             kept = [groups[round(i * last / (MOST_SETTINGS - 1))] for i in range(MOST_SETTINGS)]
-        # With privacy no training metrics are sent (`client.site.layout_for`, which would load torch).
+        # With privacy no training metrics are sent (`strategies.total.layout_for`).
         layout = Layout(parameters, () if job.privacy.record or job.privacy.client else ("loss", "examples"))
         sums = (
             None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from client.secure import Stopwatch
-from client.site import Files, Seat, SitePlan, layout_for
+from client.site import Files, Seat, SitePlan
 from privacy.accountant import epsilon
 from privacy.budget import Accounts, JobAccount, LedgerAccounts, SiteBudget
 from privacy.errors import LedgerError, RunError
@@ -40,7 +40,7 @@ from strategies.job import Job
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
 from strategies.secure import groups_of
-from strategies.total import Layout
+from strategies.total import Layout, layout_for
 
 MANY_PLANS = 8  # With more kinds of plan than this, a round's epsilon is computed for the costliest sites alone.
 

@@ -7,12 +7,17 @@ site travels in the clear beside it, and a sum of such vectors is again one: of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.parameters import Vector
 
+if TYPE_CHECKING:
+    from strategies.job import Job
+
+TRAINING_METRICS = ("loss", "examples")
 BELOW_CLIP = "below_clip"
 """The metric sum of an adaptive clip norm: +1/2 for each update that was within it, -1/2 for each that was not."""
 
@@ -27,6 +32,14 @@ class Layout:
     @property
     def size(self) -> int:
         return self.parameters + 1 + len(self.metrics)
+
+
+def layout_for(job: Job, parameters: int) -> Layout:
+    """With privacy no training metrics are sent: each would be one more release."""
+    central = job.privacy.central
+    if central is not None and central.adaptive_clip is not None:
+        return Layout(parameters, (BELOW_CLIP,))
+    return Layout(parameters, () if job.privacy.record or job.privacy.client else TRAINING_METRICS)
 
 
 class Total:

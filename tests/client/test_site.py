@@ -9,7 +9,7 @@ import pytest
 
 from client.data import Records
 from client.local import LocalTraining, training_seed
-from client.site import Files, Site, SitePlan, layout_for
+from client.site import Files, Site, SitePlan
 from client.tasks import initial_model, task_for
 from client.training import Trainer
 from privacy.accountant import epsilon_pld
@@ -23,7 +23,7 @@ from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, ask_for
 from strategies.parameters import Vector, vector_hash
-from strategies.total import Layout
+from strategies.total import Layout, layout_for
 from tests.strategies.jobs import make_job
 
 FEATURES = 3

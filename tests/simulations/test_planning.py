@@ -717,7 +717,7 @@ class TestSecureSums:
         ids=["shares", "no privacy", "groups", "cohorts"],
     )
     def test_the_bytes_are_those_that_a_first_round_moves(self, changes: dict[str, Any]) -> None:
-        from client.site import layout_for
+        from strategies.total import layout_for
 
         job = make_job(**changes, simulation__partition__mix=clients(11))
         planned = JobPlan.of(job).secure
