@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+import client.commands
+import client.enrol_commands
 import privacy.commands
+import server.commands
+import server.enrol_commands
 import simulations.commands
 from privacy.errors import FedchorusError
+
+if TYPE_CHECKING:
+    from strategies.job import Job
+    from strategies.parameters import Parameters, Vector
 
 app = typer.Typer(
     name="fedchorus",
@@ -20,7 +28,19 @@ app = typer.Typer(
     rich_markup_mode=None,  # Plain help: rich would cost half of the 0.3 seconds that help may take.
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _initial_parameters(job: Job) -> tuple[Parameters, Vector]:
+    from client.initial import initial_parameters
+
+    return initial_parameters(job)
+
+
 simulations.commands.add_to(app)
+server.enrol_commands.add_to(app)
+client.enrol_commands.add_to(app)
+server.commands.add_to(app, build_model=_initial_parameters)
+client.commands.add_to(app)
 privacy.commands.add_to(app)
 
 # What the smaller installations lack, and the extra that has it.

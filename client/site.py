@@ -155,11 +155,13 @@ class Site:
         files: Files | None,
         simulation: bool,
         seat: Seat | None = None,
+        identity: IdentityKey | None = None,
     ) -> None:
+        """`identity` is the site's key where it is loaded already; without it the one in `files` is."""
         self._name = name
         self._job, self._plan, self._layout, self._train = job, plan, layout, train
         self._guard_noise = guard_noise
-        self._files, self._simulation, self._seat = files, simulation, seat
+        self._files, self._simulation, self._seat, self._identity = files, simulation, seat, identity
         self._gate: Gate | SecureGate | None = None
 
     @property
@@ -171,14 +173,21 @@ class Site:
 
         Raises `MalformedMessage` when a job with secure aggregation is asked without it, or the other way round.
         """
+        match request, self.open():
+            case Ask(), Gate() as gate:
+                return gate.pass_through(request, lambda: self._train(request))
+            case Step(), SecureGate() as gate:
+                return gate.answer(request, lambda: self._train(_asked(request)))
+        raise MalformedMessage("this site's job has it otherwise: with secure aggregation, or without")
+
+    def open(self) -> Gate | SecureGate:
+        """Open the gate and plan the job in the ledger. Raises `BudgetExceeded` for a plan that does not fit."""
         if self._gate is None:
             self._gate = self._open_gate()
-        match request, self._gate:
-            case Ask(), Gate():
-                return self._gate.pass_through(request, lambda: self._train(request))
-            case Step(), SecureGate():
-                return self._gate.answer(request, lambda: self._train(_asked(request)))
-        raise MalformedMessage("this site's job has it otherwise: with secure aggregation, or without")
+        return self._gate
+
+    def _key(self, files: Files) -> IdentityKey:
+        return self._identity if self._identity is not None else IdentityKey.load(files.identity)
 
     def _open_gate(self) -> Gate | SecureGate:
         """Open the ledger on first contact: a site that is never asked writes nothing."""
@@ -186,7 +195,7 @@ class Site:
         if plan.events:
             assert self._files is not None, "a private job needs a ledger"
             files = self._files
-            budget = SiteBudget(Ledger(files.ledger, self._name, IdentityKey.load(files.identity)))
+            budget = SiteBudget(Ledger(files.ledger, self._name, self._key(files)))
             budget.open(rows=plan.rows, simulation=self._simulation, dataset=self._job.data.dataset)
             budget.plan(
                 job=self._job.hash,
@@ -208,7 +217,7 @@ class Site:
         assert files is not None, "a secure sum needs a key and a journal"
         member = SecureClient(
             self._name,
-            identity=IdentityKey.load(files.identity),
+            identity=self._key(files),
             roster=seat.roster,
             terms=seat.plan.terms(self._job, seat.roster),
             journal=Journal(files.journal),

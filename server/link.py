@@ -27,6 +27,7 @@ os.environ |= {
 }
 
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TRANSPORT_TYPE_GRPC_RERE, SubStatus
+from flwr.common.event_log_plugin import EventLogWriterPlugin
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
@@ -68,7 +69,8 @@ class Link:
     """The SuperLink as an ASGI app (call it), with what our own processes need of its state.
 
     `sites` are the enrolled sites' names and Flower public keys. `site_of` tells who makes a call, from its scope: the
-    guard in front has checked the certificate and put it there.
+    guard in front has checked the certificate and put it there. `control` and `notes` are Flower's plug-ins for who may
+    use its Control API, and for what its calls are about.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class Link:
         database: Path,
         sites: Mapping[str, bytes],
         control: ControlAuthnPlugin,
+        notes: EventLogWriterPlugin | None = None,
         site_of: Callable[[Scope], str | None],
     ) -> None:
-        self._flower = create_app(_settings(database, control), SuperLinkLifespan)
+        self._flower = create_app(_settings(database, control, notes), SuperLinkLifespan)
         self._state = self._flower.state.linkstate_factory.state()
         self._site_of = site_of
         self._presence: dict[str, Presence] = {}
@@ -219,7 +222,9 @@ class Link:
             self._changed = None
 
 
-def _settings(database: Path, control: ControlAuthnPlugin) -> SuperLinkLifespanConfig:
+def _settings(
+    database: Path, control: ControlAuthnPlugin, notes: EventLogWriterPlugin | None
+) -> SuperLinkLifespanConfig:
     return SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
@@ -229,9 +234,9 @@ def _settings(database: Path, control: ControlAuthnPlugin) -> SuperLinkLifespanC
         certificates=None,
         superexec_auth_secret=secrets.token_bytes(32),  # Nobody has it: no other process can claim a task.
         authn_plugin=control,
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
+        event_log_plugin=notes,
+        fleet_event_log_plugin=notes,
+        enable_event_log=notes is not None,
         artifact_provider=None,
         enable_supernode_auth=True,
         fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,

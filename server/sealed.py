@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from privacy.errors import Refused
@@ -20,10 +20,12 @@ from privacy.keys import IdentityKey
 from server.collect import Failure
 from server.transport import pack_array, unpack_array
 from strategies.envelope import COORDINATOR, Seal, array_digest
-from strategies.messages import Answer, MalformedMessage, Request, Step, flat_array, header, parse_answer
+from strategies.messages import Answer, MalformedMessage, Request, Step, Words, flat_array, header, parse_answer, unflat
+from strategies.parameters import Vector
 
 FLEET = f"{MessageType.QUERY}.fedchorus"
 LARGE = 2**20  # Answers to larger messages are fetched one by one: their number must not show in our memory.
+SMALL = 2**18
 RESENDS = 5
 MISSED = 3  # A site that asked for its next message so often, and has no answer to this one, does not have it.
 
@@ -120,9 +122,7 @@ class SealedTransport:
                 self._digest = id(array), array_digest(array)  # The same model goes to all.
             seal = Seal(kind="request", sender=COORDINATOR, recipient=site, nonce=nonce, time=self.clock())
             seal = seal.signed(self.key, text, self._digest[1])
-            record = RecordDict(
-                {"header": ConfigRecord({"json": text, "seal": seal.text}), "vector": pack_array(array)}
-            )
+            record = _packed(text, seal.text, array)
             presence = self._sites[site]
             messages.append(Message(record, presence["node"], FLEET, ttl=max(ttl_s, 1.0)))
             sent[site] = _Sent(request, seal, "", presence["activations"], presence["pulls"], tries)
@@ -137,7 +137,8 @@ class SealedTransport:
 
     def _is_lost(self, site: str, sent: _Sent) -> bool:
         presence = self._sites[site]
-        return presence["activations"] != sent.activations or presence["pulls"] >= sent.pulls + MISSED
+        missed: bool = presence["pulls"] >= sent.pulls + MISSED
+        return missed or presence["activations"] != sent.activations
 
     def _answers(self, sent: Mapping[str, _Sent]) -> Iterator[tuple[str, Answer | Failure]]:
         sites = {one.message: site for site, one in sent.items()}
@@ -154,7 +155,7 @@ class SealedTransport:
         try:
             record = reply.content["header"]
             text, seal = record["json"], Seal.parse(record["seal"])
-            array = unpack_array(reply.content)
+            array = unflat(record["array"]) if "array" in record else unpack_array(reply.content)
             if not isinstance(text, str):
                 raise MalformedMessage("the header is not text")
             expected = {"kind": "answer", "sender": site, "recipient": COORDINATOR, "nonce": sent.seal.nonce}
@@ -164,6 +165,13 @@ class SealedTransport:
             return Failure(site, "malformed reply: the content is not one header, one seal and one flat array")
         except (MalformedMessage, Refused) as error:
             return Failure(site, f"malformed reply: {error}")
+
+
+def _packed(text: str, seal: str, array: Vector | Words) -> RecordDict:
+    """A small array travels in the header's record: Flower takes a request for each part of a message."""
+    if array.nbytes > SMALL:
+        return RecordDict({"header": ConfigRecord({"json": text, "seal": seal}), "vector": pack_array(array)})
+    return RecordDict({"header": ConfigRecord({"json": text, "seal": seal, "array": Array(array).data})})
 
 
 def _takes_long(request: Request) -> bool:

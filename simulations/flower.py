@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 
 
-def run_on_flower(run: Path, sites: int, drive: Callable[[FlowerTransport], None]) -> None:
+def run_on_flower(run: Path, sites: int, drive: Callable[[FlowerTransport], None], *, timeout_s: float) -> None:
     """Start Flower's simulation runtime with one node per site, call `drive` as its ServerApp, and shut it down.
 
-    What `drive` raises is raised here: Flower itself would only log it.
+    `timeout_s` ends the wait for a round's answers. What `drive` raises is raised here: Flower would only log it.
     """
     # Read by flwr and ray when they are imported: nothing leaves this machine.
     os.environ |= {
@@ -62,7 +62,7 @@ def run_on_flower(run: Path, sites: int, drive: Callable[[FlowerTransport], None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run_simulation(
-            server_app=make_server_app(guarded, timeout_s=TIMEOUT_S),
+            server_app=make_server_app(guarded, timeout_s=timeout_s),
             client_app=make_client_app(partial(_client_of, str(run.resolve()))),
             num_supernodes=sites,
             backend_config={

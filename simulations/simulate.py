@@ -276,7 +276,7 @@ class _Run:
             )
 
         if self.job.simulation.engine == "flower":
-            from simulations.flower import run_on_flower
+            from simulations.flower import TIMEOUT_S, run_on_flower
 
             self.watcher.status("starting Flower's simulation runtime")
 
@@ -284,7 +284,8 @@ class _Run:
                 transport.find_sites(len(self.federation.names))
                 drive(transport)
 
-            run_on_flower(self.folder.path, len(self.federation.names), drive_flower)
+            timeout_s = self.job.cohort.deadline_s or TIMEOUT_S
+            run_on_flower(self.folder.path, len(self.federation.names), drive_flower, timeout_s=timeout_s)
         else:
             drive(InlineTransport(lambda name: self._client(name, roster)))
         return finished[0]

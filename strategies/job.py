@@ -31,6 +31,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Bound = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 
 
+MOST_TEXT = 2**20  # Characters of a job that comes over the network.
+
+
 class Section(BaseModel):
     """A table of the job file. Strict: no unknown keys, no silent conversions between types."""
 
@@ -177,12 +180,14 @@ class Training(Section):
 
 class Cohort(Section):
     """Whom a round asks: everyone; `size` sites drawn at random; each by its own coin of chance `rate`, which nobody
-    outside the server sees; or each only every `separation` rounds. Fewer than `minimum` answers end the run."""
+    outside the server sees; or each only every `separation` rounds. Fewer than `minimum` answers end the run.
+    `deadline_s` is how long a round waits for them, in a deployment an hour by default."""
 
     size: Count | None = None
     rate: Rate | None = None
     separation: Count | None = None
     minimum: Count | None = None
+    deadline_s: Positive | None = None
 
     @model_validator(mode="after")
     def _one_way_that_fits(self) -> Self:
@@ -513,6 +518,16 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     if isinstance(data, dict) and isinstance(data.get("folder", "."), str) and "bundled" not in data:
         data["folder"] = str((path.parent / data.get("folder", ".")).resolve())
     return check_job(raw, where=str(path))
+
+
+def parse_job(text: str, *, where: str) -> Job:
+    """Read a job from its text as it travels: nothing in it refers to a file here. Raises `JobError`."""
+    if len(text) > MOST_TEXT:
+        raise JobError(f"{where}: longer than {MOST_TEXT} characters")
+    try:
+        return check_job(tomllib.loads(text), where=where)
+    except (tomllib.TOMLDecodeError, RecursionError):
+        raise JobError(f"{where}: not valid TOML") from None
 
 
 def check_job(raw: Mapping[str, Any], *, where: str) -> Job:

@@ -491,6 +491,7 @@ VARIANTS: list[list[str]] = [
     ["task.hidden=[32]"],
     ["strategy.name=mine.strategies:Mine"],
     ["strategy.weighting=equal"],
+    ["cohort.deadline_s=60"],
     [*CLIENT, "cohort.rate=0.5"],
     CLIENT,
     [*CLIENT, "privacy.client.epsilon=2"],

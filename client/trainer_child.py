@@ -1,0 +1,235 @@
+"""What runs inside the sandbox: `python -m client.trainer_child`. It holds the records, the model and the user's code.
+
+It answers its parent's calls one after the other through the socket that it finds as descriptor 0, and ends with it.
+Whatever the user's code prints goes to descriptors 1 and 2, which the parent keeps apart. What an error says leaves
+this process only as long as no record has met the user's code; afterwards it is the name of its kind, and no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tomllib
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from client.pipe import NOTHING, Pipe, PipeClosed
+from client.site import SitePlan
+from privacy.dpsgd import RecordLevelSgd
+from privacy.errors import DataError, JobError
+from privacy.mechanism import GaussianSum
+from privacy.noise import OsNoise
+from strategies.catalogue import strategy_for
+from strategies.job import Job, check_job
+from strategies.messages import Ask, parse_request
+from strategies.parameters import Vector
+from strategies.total import layout_for
+
+if TYPE_CHECKING:  # torch and pandas are imported once a job is opened, after the isolation was proved.
+    from client.data import SiteData
+    from client.local import LocalTraining
+    from client.training import Trainer
+
+_PROBE_S = 1.0
+
+
+class Loaded:
+    """One job at one site: its data, its model, what trains it."""
+
+    def __init__(self, job: Job, site: str, data: Path) -> None:
+        from client.data import class_count, encode, feature_names, read_frame, split
+        from client.tasks import initial_model, task_for
+        from client.training import Trainer
+
+        self.job, self.site = job, site
+        # The task's own code is built before records are read: what it says in an error cannot hold one.
+        self.strategy, task = strategy_for(job), task_for(job)
+        model = initial_model(task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed)
+        self.trainer: Trainer = Trainer(task, model, job.training)
+        # As in a simulation: with privacy no label decides who is trained on, unless the job insists.
+        stratify = job.data.stratify if job.data.stratify is not None else job.privacy.record is None
+        records = encode(read_frame(data, job.data), job.data, where=str(data))
+        self.data: SiteData = split(records, job.data, site=site, stratify=stratify)
+        self.trainer.try_out(self.data.train)
+        self.layout = layout_for(job, self.trainer.parameters.size)
+        self.model = np.empty(self.layout.parameters, np.float32)  # Where each call's model arrives.
+        self.test = self.trainer.place(self.data.test)
+        self.training: LocalTraining | None = None
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "job": self.job.hash,
+            "rows": len(self.data.train),
+            "test_rows": len(self.data.test),
+            "shapes": [[name, list(shape)] for name, shape in self.trainer.parameters.shapes.items()],
+            "device": str(self.trainer.device),
+        }
+
+    def plan(self, plan: SitePlan) -> None:
+        """Make ready to train as the gate charges for. Raises `JobError` for a plan of another job or other rows."""
+        from client.local import LocalTraining
+
+        if plan.rows != len(self.data.train):
+            raise JobError(
+                f"{self.site}: the plan is for {plan.rows} training rows, the data have {len(self.data.train)}"
+            )
+        if (plan.sgd is None) != (self.job.privacy.record is None):
+            raise JobError(f"{self.site}: the plan and the job differ on record-level privacy")
+        noise = OsNoise()
+        self.training = LocalTraining(
+            self.site,
+            job=self.job,
+            plan=plan,
+            strategy=self.strategy,
+            trainer=self.trainer,
+            records=self.data.train,
+            layout=self.layout,
+            noise=lambda _round_number: noise,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        self.trainer.load(self.model)
+        metrics = self.trainer.evaluate(self.test.features, self.test.targets)
+        return {**{name: float(values.double().mean()) for name, values in metrics.items()}, "rows": len(self.test)}
+
+
+class Child:
+    """The calls that a parent can make, in the order of a job."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._loaded: Loaded | None = None
+        self._calls: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Vector]]] = {
+            "prove": self._prove,
+            "open": self._open,
+            "plan": self._plan,
+            "train": self._train,
+            "evaluate": self._evaluate,
+        }
+
+    def serve(self) -> None:
+        """Answer until the parent says `close` or is gone."""
+        while True:
+            call = self._pipe.receive(self._loaded.model if self._loaded else None)
+            name = call.pop("call")
+            if name == "close":
+                return
+            try:
+                answer, array = self._calls[name](call)
+            except Exception as error:  # noqa: BLE001  # The user's code may raise anything, and the job goes on.
+                traceback.print_exc()
+                told = isinstance(error, JobError | DataError) and name in ("open", "plan")
+                kind = type(error).__name__
+                answer, array = {"error": kind, "says": str(error) if told else None}, NOTHING
+            self._pipe.send(answer, array)
+
+    def _prove(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+        """Try what the sandbox should prevent, before any of the user's code could help it to look shut in."""
+        _send_datagram(call["udp"])
+        found = {
+            "network": _connects(call["tcp"]),
+            "hidden": any(_shows_something(path) for path in call["hidden"]),
+            "writable": _opens_for_writing(call["data"]),
+        }
+        return found, NOTHING
+
+    def _open(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+        self._loaded = None
+        job = check_job(tomllib.loads(call["job"]), where="the job")
+        self._loaded = Loaded(job, call["site"], Path(call["data"]))
+        return self._loaded.describe(), NOTHING
+
+    def _plan(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+        assert self._loaded is not None
+        self._loaded.plan(SitePlan(call["rows"], sgd=sgd_from(call["sgd"])))
+        return {}, NOTHING
+
+    def _train(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+        assert self._loaded is not None
+        assert self._loaded.training is not None
+        ask = parse_request(call["ask"], self._loaded.model)
+        assert isinstance(ask, Ask)
+        return {}, self._loaded.training(ask)
+
+    def _evaluate(self, _call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+        assert self._loaded is not None
+        return {"metrics": self._loaded.evaluate()}, NOTHING
+
+
+def sgd_record(sgd: RecordLevelSgd | None) -> dict[str, Any] | None:
+    """What `sgd_from` makes the same training of, number for number, after a way through JSON."""
+    if sgd is None:
+        return None
+    mechanism = sgd.mechanism
+    return {
+        "clip_norm": mechanism.clip_norm,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "layers": list(mechanism.layers),
+        "sampling_rate": sgd.sampling_rate,
+        "steps": sgd.steps,
+    }
+
+
+def sgd_from(record: dict[str, Any] | None) -> RecordLevelSgd | None:
+    if record is None:
+        return None
+    mechanism = GaussianSum(
+        clip_norm=record["clip_norm"],
+        noise_multiplier=record["noise_multiplier"],
+        layers=tuple(record["layers"]),
+    )
+    return RecordLevelSgd(mechanism=mechanism, sampling_rate=record["sampling_rate"], steps=record["steps"])
+
+
+def _connects(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), _PROBE_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _send_datagram(port: int) -> None:
+    """Whether it arrives the parent sees: on a loopback of the child's own sending it works as well."""
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.sendto(b"?", ("127.0.0.1", port))
+
+
+def _shows_something(folder: str) -> bool:
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return False
+
+
+def _opens_for_writing(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError:
+        return False
+    return True
+
+
+def main() -> None:
+    # Off descriptor 0, and not inherited: nothing that the user's code starts holds the parent's line.
+    end = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    try:
+        Child(Pipe(end)).serve()
+    except PipeClosed:
+        pass  # The parent has gone, or has given this process up.
+    finally:
+        end.close()
+    # Without the user's exit handlers and threads, which nobody waits for.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""An operator's side of the coordinator's API: submit, look, stop, resume, fetch."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from privacy.errors import RunError
+from server.operators import Operator
+
+PIECE = 2**22
+
+
+class Remote:
+    """The coordinator's server, as an operator with a token sees it. Every method raises `RunError`, one line."""
+
+    def __init__(self, operator: Operator) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_verify_locations(cadata=operator.authority)
+        except ssl.SSLError:
+            raise RunError("the operator's file has no certificate of the federation; ask for a new one") from None
+        self._address = operator.address
+        self._client = httpx.Client(
+            base_url=f"https://{operator.address}/v1/fedchorus",
+            headers={"authorization": f"Bearer {operator.token}"},
+            verify=context,
+            timeout=60.0,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def submit(self, toml: str, model: bytes, approvals: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """Send a job and the model that it starts from; the job's view."""
+        digest = hashlib.sha256(model).hexdigest()
+        for at in range(0, len(model), PIECE):
+            self._call("PUT", f"/models/{digest}?at={at}", content=model[at : at + PIECE])
+        record = {"toml": toml, "model": digest, "approvals": [list(pair) for pair in approvals]}
+        view: dict[str, Any] = self._call("POST", "/jobs", json=record).json()
+        return view
+
+    def jobs(self) -> list[dict[str, Any]]:
+        views: list[dict[str, Any]] = self._call("GET", "/jobs").json()
+        return views
+
+    def job(self, name: str) -> dict[str, Any]:
+        view: dict[str, Any] = self._call("GET", f"/jobs/{name}").json()
+        return view
+
+    def sites(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._call("GET", "/sites").json()
+        return found
+
+    def events(self, name: str, after: int) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = self._call("GET", f"/jobs/{name}/events?after={after}").json()
+        return events
+
+    def stop(self, name: str) -> dict[str, Any]:
+        view: dict[str, Any] = self._call("POST", f"/jobs/{name}/stop").json()
+        return view
+
+    def resume(self, name: str) -> dict[str, Any]:
+        view: dict[str, Any] = self._call("POST", f"/jobs/{name}/resume").json()
+        return view
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Write the finished job's model to `path`, whole or not at all."""
+        partial = path.with_name(f"{path.name}.partial")
+        with open(partial, "wb") as file:
+            while piece := self._call("GET", f"/jobs/{name}/model?at={file.tell()}").content:
+                file.write(piece)
+        partial.replace(path)
+
+    def _call(self, method: str, path: str, **body: Any) -> httpx.Response:
+        try:
+            answer = self._client.request(method, path, **body)
+        except httpx.TransportError as error:
+            said = str(error) or type(error).__name__
+            raise RunError(
+                f"{self._address}: no answer ({said}); check the address, the network and that `fedchorus server` runs"
+            ) from None
+        if answer.status_code != 200:
+            try:
+                said = str(answer.json()["error"])
+            except (ValueError, KeyError, TypeError):
+                said = f"status {answer.status_code}"
+            raise RunError(f"{self._address}: {said}")
+        return answer
