@@ -7,6 +7,7 @@ about records, losses or updates.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from privacy.enrolment import split_address
+from privacy.errors import RunError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -25,7 +27,8 @@ class Status:
 
     def __init__(self, site: str) -> None:
         self.site, self.state, self.why, self.since = site, "starting", "", time.time()
-        self.certificate_until, self.no_renewal_before = 0.0, 0.0
+        self.certificate_until: float | None = None  # Until it was read.
+        self.no_renewal_before = 0.0
         self.answered = self.refused = self.messages = 0
         self.working = False
 
@@ -47,23 +50,28 @@ class Status:
         return {"site": self.site, "state": self.state, "why": self.why, "seconds": round(time.time() - self.since, 1)}
 
     def metrics(self) -> bytes:
-        registry = CollectorRegistry()
+        registry, until = CollectorRegistry(), self.certificate_until
+        left = None if until is None else until - time.time()
         for name, text, value in (
             ("connected", "1 while the node is connected to the coordinator", self.state == "connected"),
             ("working", "1 while a message is being answered", self.working),
             ("messages", "Messages received since the start", self.messages),
             ("rounds_answered", "Rounds answered since the start", self.answered),
             ("refusals", "Offers and rounds refused since the start", self.refused),
-            ("certificate_seconds", "Seconds until the site's certificate ends", self.certificate_until - time.time()),
+            ("certificate_seconds", "Seconds until the site's certificate ends", left),
         ):
             gauge = Gauge(f"fedchorus_client_{name}", text, ["site"], registry=registry)
-            gauge.labels(self.site).set(float(value))
+            if value is not None:
+                gauge.labels(self.site).set(float(value))
         rendered: bytes = generate_latest(registry)
         return rendered
 
 
 class HealthServer:
-    """Serves `status` on `listen` ("host:port") in a thread of its own, until `close`."""
+    """Serves `status` on `listen` ("host:port") in a thread of its own, until `close`.
+
+    Raises `RunError` where nothing can listen there.
+    """
 
     def __init__(self, listen: str, status: Status) -> None:
         host, port = split_address(listen)
@@ -90,7 +98,16 @@ class HealthServer:
             def log_message(self, format: str, *arguments: object) -> None:
                 """Nothing: who looks at the health is no event."""
 
-        self._server = ThreadingHTTPServer((host, port), Handler)
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        try:
+            self._server = Server((host, port), Handler)
+        except OSError as error:
+            raise RunError(
+                f"health endpoint: cannot listen on {listen} ({error.strerror}); give [health] listen in site.toml "
+                "another address of this machine or another port"
+            ) from None
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, name="health", daemon=True)
         self._thread.start()

@@ -104,6 +104,8 @@ class SealedTransport:
                 if not again:
                     yield site, Failure(site, "restarted within the round")
                 waiting |= again
+            if not waiting:
+                return
             before = {site: self._sites[site]["pulls"] for site in waiting}
             self._look(min(left, 2.0))
             changed = {site for site in waiting if self._sites[site]["pulls"] != before[site]}

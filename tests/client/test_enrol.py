@@ -365,7 +365,7 @@ class TestSettings:
         settings = Settings.load(tmp_path)
         assert (settings.roster, settings.data, settings.health.listen) == ("", {}, None)
         assert (settings.trainer.isolation, settings.trainer.memory_gb) == ("auto", None)
-        assert (settings.max_clock_skew_s, settings.poll_s) == (300, 0.1)
+        assert settings.max_clock_skew_s == 300
 
     def test_are_read_in_full(self, tmp_path: Path) -> None:
         text = SITE + (
@@ -391,8 +391,8 @@ class TestSettings:
             (SITE.replace('"s:1"', '"https://s:1"'), 'server: expected "host:port"'),
             (SITE.replace("ab" * 32, "AB" * 32), "coordinator: expected a key or hash of 64 hexadecimal digits"),
             (SITE.replace('roster = ""', 'roster = "abc"'), "roster: expected a hash of 64 hexadecimal digits"),
-            (SITE + "poll = 1", "unknown key poll; did you mean poll_s?"),
-            (SITE + "poll_s = 0", "poll_s: should be greater than or equal to 0.01, got 0"),
+            (SITE + "max_clock_skew = 1", "unknown key max_clock_skew; did you mean max_clock_skew_s?"),
+            (SITE + "max_clock_skew_s = 0", "max_clock_skew_s: should be greater than 0, got 0"),
             (SITE + "max_clock_skew_s = inf", "max_clock_skew_s: should be less than or equal to 3600"),
             (SITE + '[trainer]\nisolaton = "none"', "unknown key trainer.isolaton; did you mean trainer.isolation?"),
             (SITE + '[trainer]\nisolation = "require"', "did you mean 'required'?"),

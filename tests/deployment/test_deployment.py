@@ -144,7 +144,7 @@ class TestAJob:
 
         thorax.mail.on_way = stop_in_round_two
         thorax.run(folder)
-        assert folder.state == "stopped"
+        assert folder.read("state.json")["state"] == "stopped"
         assert len(folder.lines("metrics.jsonl")) == 2
         (folder.path / "stop").unlink()
         thorax.run(folder)
@@ -312,7 +312,12 @@ class TestWhatAServerMayNot:
     def test_have_another_clock(self, thorax: Thorax, ahead: float, word: str) -> None:
         thorax.transport.clock = lambda: thorax.now + ahead
         folder = thorax.submit(deployed_job())
-        thorax.mail.on_way = lambda site, content: folder.ask_to_stop() or content
+
+        def stop(site: str, content: RecordDict) -> RecordDict:
+            folder.ask_to_stop()
+            return content
+
+        thorax.mail.on_way = stop
         thorax.run(folder)
         assert folder.lines("metrics.jsonl") == []
         assert f"400 s {word} this site's clock" in thorax.sites["north"].said.getvalue()
