@@ -30,7 +30,7 @@ from privacy.errors import FedchorusError, Refused, RunError
 from privacy.keys import IdentityKey, TlsKey
 from privacy.logbook import Logbook
 from privacy.secagg.roster import Roster
-from privacy.supervisor import NEEDS_A_PERSON, STOPPED
+from privacy.supervisor import NEEDS_A_PERSON, STOPPED, only_one
 
 LONGEST_S = 15.0  # Between two attempts to reach the server.
 RENEW_BEFORE = 1 / 3  # Of a certificate's life.
@@ -243,7 +243,12 @@ def main() -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    node.run()
+    try:
+        with only_one(node.folder.state / "lock", what="this site's client"):
+            node.run()
+    except RunError as error:
+        log.error("cannot run", why=str(error))
+        sys.exit(NEEDS_A_PERSON)
     log.info("stopped")
     sys.exit(STOPPED)
 

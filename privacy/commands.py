@@ -118,6 +118,9 @@ def budget(
     identity: Annotated[
         Path | None, typer.Option(help="The private key that signs --set and --settle.", metavar="FILE.pem")
     ] = None,
+    passphrase_file: Annotated[
+        Path | None, typer.Option("--passphrase-file", help="Its first line opens that key.", metavar="FILE")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the stack trace of an error.")] = False,
 ) -> None:
@@ -131,7 +134,7 @@ def budget(
     jobs = [_planned_job(text, unit, purpose, number) for number, text in enumerate(planned or (), start=1)]
     if new is not None or settle is not None:
         limit = None if new is None else _limit(new, unit)
-        own = _own_budget(path, ledgers, identity)
+        own = _own_budget(path, ledgers, identity, passphrase_file)
         job = None if settle is None else _job_named(settle, own)
         if limit is not None:
             own.set_budget(limit, purpose=purpose or None)
@@ -174,6 +177,8 @@ def _roster(path: Path) -> dict[str, str]:
 
     try:
         kept = json.loads(path.read_bytes())
+        if "body" in kept:  # That of a federation, which its members signed.
+            kept = {"sites": {member["name"]: member["key"] for member in kept["body"]["members"]}}
         roster = {**kept["sites"], **({SERVER: kept["server"]} if kept.get("server") else {})}
         if all(isinstance(hex_, str) and (s == SERVER or SITE_NAME.fullmatch(s)) for s, hex_ in roster.items()):
             return roster
@@ -198,16 +203,18 @@ def _site_of(path: Path) -> str:
     raise LedgerError(f"{path}: not a ledger: its first line names no site")
 
 
-def _own_budget(path: Path, ledgers: Mapping[str, tuple[Path, str]], identity: Path | None) -> SiteBudget:
+def _own_budget(
+    path: Path, ledgers: Mapping[str, tuple[Path, str]], identity: Path | None, passphrase_file: Path | None
+) -> SiteBudget:
     """The ledger whose owner's key `identity` is, verified. Raises `LedgerError` where it is nobody's here."""
     from privacy.budget import SiteBudget
     from privacy.errors import LedgerError
-    from privacy.keys import IdentityKey
+    from privacy.keys import IdentityKey, read_passphrase
     from privacy.ledger import Ledger
 
     if identity is None:
         raise LedgerError("--set and --settle write a signed entry: give the ledger's private key as --identity")
-    signer = IdentityKey.load(identity)
+    signer = IdentityKey.load(identity, read_passphrase(passphrase_file))
     for site, (file, public_hex) in ledgers.items():
         if signer.public_hex == public_hex:
             ledger = Ledger(file, site, signer)

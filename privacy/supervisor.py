@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
+from privacy.errors import RunError
 from privacy.logbook import Logbook
 
 STOPPED, NEEDS_A_PERSON = 0, 2  # Exit codes after which nothing is started again.
@@ -49,6 +53,25 @@ def keep_alive(command: Sequence[str], *, log: Logbook, secret: bytes = b"") -> 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def only_one(path: Path, *, what: str, patience_s: float = 20.0) -> Iterator[None]:
+    """Hold a lock on the file `path`: one process at a time is `what`.
+
+    One that was killed has its child end a moment later, so this waits a while. Raises `RunError`.
+    """
+    deadline = time.monotonic() + patience_s
+    with open(path, "w", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RunError(f"{path.parent}: another process is {what} here; stop it first") from None
+                time.sleep(0.1)
+        yield
 
 
 def _served(process: subprocess.Popen[bytes], secret: bytes) -> int:

@@ -33,7 +33,9 @@ from privacy.errors import JobError, RunError
 from privacy.keys import IdentityKey
 from privacy.logbook import Logbook
 from privacy.secagg.roster import Roster
+from privacy.supervisor import only_one
 from server.audit_log import AuditLog
+from server.deployment import reason
 from server.flower_auth import RunNotes, TokenAuthn
 from server.guard import Guard, Operators
 from server.jobs import UNFINISHED, JobFolder, check_submission, jobs_in
@@ -75,6 +77,10 @@ class Coordinator:
 
     def serve(self) -> None:
         """Serve until `stop`. Raises `RunError` for whatever keeps the server from starting."""
+        with only_one(self.folder / "lock", what="the coordinator's server"):
+            self._serve()
+
+    def _serve(self) -> None:
         from server.api import make_api
 
         self._renew_own()
@@ -129,10 +135,14 @@ class Coordinator:
     def _work(self) -> None:
         self._listeners.started.wait()
         while not self._stopping.wait(0.2):
-            self._renew_own()
-            waiting = [job for job in jobs_in(self.folder / "jobs") if job.state in UNFINISHED]
-            if waiting and self._has_everybody(waiting[0]):
-                self._run(waiting[0])
+            try:
+                self._renew_own()
+                waiting = [job for job in jobs_in(self.folder / "jobs") if job.state in UNFINISHED]
+                if waiting and self._has_everybody(waiting[0]):
+                    self._run(waiting[0])
+            except Exception as error:  # noqa: BLE001 (one damaged file must not end the work on all jobs unnoticed)
+                self.log.error("the work on jobs is held up", why=reason(error))
+                self._stopping.wait(10.0)
 
     def _has_everybody(self, job: JobFolder) -> bool:
         """Whether all members have signed the roster: before that there is no federation to run a job in."""

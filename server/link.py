@@ -44,6 +44,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WAIT_S = 20.0  # A question waits no longer, so that a dead connection is noticed; clients give up after 30.
 SILENT_S = 45.0  # A site that is alive sends a heartbeat every 25 seconds or so.
 PULL, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/activate-node"
+DEACTIVATE = "/v1/fleet/deactivate-node"
 
 
 @dataclass
@@ -53,7 +54,6 @@ class Presence:
     node: int
     activations: int = 0
     pulls: int = 0
-    online: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Link:
             self._state.stop_run(run.run_id)
 
     def sites(self) -> dict[str, dict[str, Any]]:
-        """Each site's `Presence`, by name."""
-        for site, presence in self._presence.items():
-            alive = time.monotonic() - self._seen.get(site, -1e9) < SILENT_S
-            if presence.online != alive:
-                self._change(site, online=alive)
-        return {site: asdict(presence) for site, presence in self._presence.items()}
+        """Each site's `Presence` by name, and whether it is `online`."""
+        now = time.monotonic()
+        return {
+            site: {**asdict(presence), "online": now - self._seen.get(site, -SILENT_S) < SILENT_S}
+            for site, presence in self._presence.items()
+        }
 
     async def wait(self, since: int, timeout_s: float) -> tuple[int, dict[str, dict[str, Any]]]:
         """Return the version of `sites` and them, once it is another than `since` or the time is up."""
@@ -160,15 +160,18 @@ class Link:
         else:
             self._seen[site] = time.monotonic()
             await self._flower(scope, receive, send)
+            if scope["path"] == DEACTIVATE:
+                self._gone(site)
 
     async def _pull(self, site: str, scope: Scope, receive: Receive, send: Send) -> None:
         self._seen[site] = time.monotonic()
-        self._change(site, pulls=self._presence[site].pulls + 1, online=True)
+        self._change(site, pulls=self._presence[site].pulls + 1)
         question = [await receive()]
         while question[-1].get("more_body"):
             question.append(await receive())
         if not await self._rung(self._bell(site), receive):
-            return  # Nobody is listening any more: a message that is handed out now would be lost.
+            self._gone(site)  # Nobody is listening any more: a message that is handed out now would be lost.
+            return
         self._seen[site] = time.monotonic()
 
         async def replayed() -> MutableMapping[str, Any]:
@@ -208,12 +211,17 @@ class Link:
         if status == 200:
             self._seen[site] = time.monotonic()
             self._bells[site] = asyncio.Semaphore(1)  # One look for what may have come before.
-            self._change(site, activations=self._presence[site].activations + 1, online=True)
+            self._change(site, activations=self._presence[site].activations + 1)
 
     def _bell(self, site: str) -> asyncio.Semaphore:
         return self._bells.setdefault(site, asyncio.Semaphore(1))
 
-    def _change(self, site: str, **fields: Any) -> None:
+    def _gone(self, site: str) -> None:
+        self._seen.pop(site, None)
+        self._change(site)
+
+    def _change(self, site: str, **fields: int) -> None:
+        """Note it and wake who waits; in the event loop alone."""
         for name, value in fields.items():
             setattr(self._presence[site], name, value)
         self._version += 1

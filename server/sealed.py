@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from flwr.app import Array, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from privacy.errors import Refused
@@ -20,8 +20,7 @@ from privacy.keys import IdentityKey
 from server.collect import Failure
 from server.transport import pack_array, unpack_array
 from strategies.envelope import COORDINATOR, Seal, array_digest
-from strategies.messages import Answer, MalformedMessage, Request, Step, Words, flat_array, header, parse_answer, unflat
-from strategies.parameters import Vector
+from strategies.messages import Answer, MalformedMessage, Request, Step, flat_array, header, parse_answer, unflat
 
 FLEET = f"{MessageType.QUERY}.fedchorus"
 LARGE = 2**20  # Answers to larger messages are fetched one by one: their number must not show in our memory.
@@ -71,7 +70,6 @@ class SealedTransport:
     clock: Callable[[], float] = time.time
     _version: int = -1
     _sites: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _digest: tuple[int, bytes] | None = None
 
     def online(self, wait_s: float = 0.0) -> set[str]:
         """Which sites are there now; with `wait_s`, after the next change or that long."""
@@ -104,6 +102,9 @@ class SealedTransport:
                 if not again:
                     yield site, Failure(site, "restarted within the round")
                 waiting |= again
+            for site in [site for site in waiting if not self._sites[site]["online"]]:
+                del waiting[site]
+                yield site, Failure(site, "went away", silent=True)
             if not waiting:
                 return
             before = {site: self._sites[site]["pulls"] for site in waiting}
@@ -118,17 +119,19 @@ class SealedTransport:
 
     def _send(self, requests: Mapping[str, Request], *, ttl_s: float, tries: int = 1) -> dict[str, _Sent]:
         messages, sent = [], {}
+        packed: dict[int, tuple[bytes, ArrayRecord | bytes]] = {}  # The same model goes to all: once in memory.
         for site, request in requests.items():
             nonce, text, array = secrets.token_hex(32), header(request), flat_array(request)
-            if self._digest is None or self._digest[0] != id(array):
-                self._digest = id(array), array_digest(array)  # The same model goes to all.
+            if id(array) not in packed:
+                whole = pack_array(array) if array.nbytes > SMALL else Array(array).data
+                packed[id(array)] = array_digest(array), whole
+            digest, whole = packed[id(array)]
             seal = Seal(kind="request", sender=COORDINATOR, recipient=site, nonce=nonce, time=self.clock())
-            seal = seal.signed(self.key, text, self._digest[1])
-            record = _packed(text, seal.text, array)
+            seal = seal.signed(self.key, text, digest)
+            record = _content(text, seal.text, whole)
             presence = self._sites[site]
             messages.append(Message(record, presence["node"], FLEET, ttl=max(ttl_s, 1.0)))
             sent[site] = _Sent(request, seal, "", presence["activations"], presence["pulls"], tries)
-        self._digest = None
         if not messages:
             return {}
         for site, message in zip(list(sent), self.grid.push_messages(messages), strict=True):
@@ -169,11 +172,11 @@ class SealedTransport:
             return Failure(site, f"malformed reply: {error}")
 
 
-def _packed(text: str, seal: str, array: Vector | Words) -> RecordDict:
+def _content(text: str, seal: str, array: ArrayRecord | bytes) -> RecordDict:
     """A small array travels in the header's record: Flower takes a request for each part of a message."""
-    if array.nbytes > SMALL:
-        return RecordDict({"header": ConfigRecord({"json": text, "seal": seal}), "vector": pack_array(array)})
-    return RecordDict({"header": ConfigRecord({"json": text, "seal": seal, "array": Array(array).data})})
+    if isinstance(array, bytes):
+        return RecordDict({"header": ConfigRecord({"json": text, "seal": seal, "array": array})})
+    return RecordDict({"header": ConfigRecord({"json": text, "seal": seal}), "vector": array})
 
 
 def _takes_long(request: Request) -> bool:

@@ -79,7 +79,7 @@ def _run(folder: Path, job: JobFolder, told: dict[str, Any]) -> int:
             HttpDoor(told["port"], told["secret"]),
             key,
             {member.name: member.key for member in roster.members},
-            deadline_s=told["deadline_s"],
+            deadline_s=job.job.cohort.deadline_s or told["deadline_s"],
         )
         Deployment(job, roster, transport, key, folder / "server.jsonl", patience_s=told["patience_s"]).run()
         return ENDED

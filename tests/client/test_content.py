@@ -1,7 +1,7 @@
 """What a job would run is hashed from its installed source, without running it."""
 
 import hashlib
-import importlib
+import importlib.util
 import py_compile
 import sys
 import tomllib
@@ -133,11 +133,12 @@ def test_text_cannot_move_between_a_files_name_and_its_content(place: Path) -> N
     assert len(hashes | {source_hash("one:X", key="task.name")}) == 3
 
 
-def test_what_python_compiled_for_itself_and_links_within_the_package_are_no_matter(place: Path) -> None:
+def test_what_python_compiled_folders_and_links_within_the_package_are_no_matter(place: Path) -> None:
     root = install(place, FILES)
     before = source_hash("bringsown:Net", key="task.name")
     py_compile.compile(str(root / "deep" / "more.py"))
     assert list(root.glob("deep/__pycache__/*.pyc"))
+    (root / "folder.py").mkdir()
     assert source_hash("bringsown:Net", key="task.name") == before
     (root / "deep" / "same.py").symlink_to(root / "deep" / "more.py")
     assert source_hash("bringsown:Net", key="task.name") != before
@@ -188,6 +189,11 @@ BAD: list[tuple[str, Callable[[Path], object], str]] = [
     ("bringsown.empty:Net", lambda root: (root / "empty").mkdir(), "has no source file"),
     ("bringsown:Net", lambda root: (root / "__init__.py").unlink(), "'bringsown' is a namespace package"),
     ("bringsown:Net", linked_folder, "'bringsown/inner' is a link to a folder or out of the package"),
+    (
+        "bringsown:Net",
+        lambda root: (root / "inner").symlink_to(root / "deep"),
+        "'bringsown/inner' is a link to a folder",
+    ),
     ("bringsown:Net", linked_file, "'bringsown/inner.py' is a link to a folder or out of the package"),
     ("bringsown:Net", lambda root: (root / "x.py").symlink_to(root / "absent.py"), "cannot be read (No such file"),
     ("bringsown:Net", lambda root: (root / f"fast{EXTENSION_SUFFIXES[0]}").touch(), "is compiled; only plain source"),
@@ -221,6 +227,26 @@ def test_what_cannot_be_hashed_is_refused_in_one_short_line(
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 250
+
+
+def test_a_module_that_is_loaded_under_anothers_name_is_not_taken_for_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(place, FILES)
+    monkeypatch.setitem(sys.modules, "bringsown", hashlib)
+    with pytest.raises(JobError, match="no module 'bringsown' is installed"):
+        source_hash("bringsown:Net", key="task.name")
+
+
+def test_a_package_that_was_given_a_second_folder_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(place, FILES)
+    spec = importlib.util.find_spec("bringsown")
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    loaded.__path__.append(str(place))  # As pkgutil.extend_path does.
+    monkeypatch.setitem(sys.modules, "bringsown", loaded)
+    with pytest.raises(JobError, match="'bringsown' is spread over several folders"):
+        source_hash("bringsown:Net", key="task.name")
 
 
 def test_an_error_names_the_strategy_where_it_is_the_strategys() -> None:

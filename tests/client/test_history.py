@@ -50,6 +50,7 @@ def test_a_job_is_admitted_once_and_a_round_counts_each_time(path: Path) -> None
         history.admit(ONE, now=NOW)
         history.answer(ONE, 1, now=NOW)
     assert counts(history) == counts(History(path)) == (1, 3)
+    assert len(path.read_bytes().splitlines()) == 4
 
 
 def test_nothing_is_written_before_the_first_line_and_only_its_owner_reads_it(path: Path) -> None:
