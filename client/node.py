@@ -6,7 +6,6 @@ A mistake in the site's own files ends it before it connects, with exit code 2.
 
 from __future__ import annotations
 
-import os
 import signal
 import ssl
 import sys
@@ -30,7 +29,8 @@ from privacy.errors import FedchorusError, Refused, RunError
 from privacy.keys import IdentityKey, TlsKey
 from privacy.logbook import Logbook
 from privacy.secagg.roster import Roster
-from privacy.supervisor import NEEDS_A_PERSON, STOPPED, only_one
+from privacy.supervisor import NEEDS_A_PERSON, STOPPED, end_with_parent, only_one
+from strategies.messages import MalformedMessage
 
 LONGEST_S = 15.0  # Between two attempts to reach the server.
 RENEW_BEFORE = 1 / 3  # Of a certificate's life.
@@ -111,7 +111,7 @@ class Node:
             self.log.warning("refused a message", why=str(error))
             link.decline(error.message)
             return
-        except (RunOver, Refused) as error:
+        except (RunOver, Refused, MalformedMessage) as error:
             self.log.warning("a message was lost", why=str(error))
             return
         if incoming is not None:
@@ -231,7 +231,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     log = Logbook(f"client {folder.name}", folder / "log.jsonl")
     passphrase = sys.stdin.buffer.readline().rstrip(b"\n") or None
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         node = Node(folder, log, passphrase)
     except FedchorusError as error:
@@ -251,11 +251,6 @@ def main() -> None:
         sys.exit(NEEDS_A_PERSON)
     log.info("stopped")
     sys.exit(STOPPED)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":

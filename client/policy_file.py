@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Sequence
 from datetime import UTC, datetime, time, tzinfo
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -16,7 +14,8 @@ from privacy.budget import Limit
 from privacy.errors import FedchorusError
 from privacy.events import UNIT_CLIENT, UNIT_RECORD
 from privacy.secagg.session import ANONYMITY
-from strategies.job import Count, Name, NotNegative, Positive, Section, known_keys
+from strategies.explain import explain
+from strategies.job import Count, Name, NotNegative, Positive, Section
 
 VERSION = 1
 Delta = Annotated[float, Field(gt=0, lt=1)]
@@ -32,7 +31,6 @@ _MEANT = {  # By pattern: what a person is told was expected.
     _KEY: "an Ed25519 public key, 64 hexadecimal digits in lower case",
     _CLOCK: 'a time of day such as "06:30"',
 }
-_NAME = "a name (letters, digits, dot, dash, underscore; at most 64)"
 
 
 class PolicyError(FedchorusError):
@@ -191,38 +189,8 @@ class PolicyFile(Section):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            problems = [_explain(problem) for problem in error.errors()]
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise PolicyError(" ".join(f"{path}: {problems[0]}{more}".splitlines())) from None
-
-
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key, got = ".".join(location) or "the policy", problem["input"]
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key {key}{_nearest(location)}"
-        case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
-        case "model_type" | "dict_type":
-            return f"{key}: should be a table, got {shown(got)}"
-        case "string_pattern_mismatch":
-            return f"{key.removesuffix('.[key]')}: {shown(got)} is not {_MEANT.get(problem['ctx']['pattern'], _NAME)}"
-        case _:
-            said = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{key}: {said.removeprefix('input ')}, got {shown(got)}"
-
-
-def _nearest(location: Sequence[str]) -> str:
-    """The known key that a misspelt one is nearest to, in its own table before the others."""
-    table = ("data", "*") if location[0] == "data" else tuple(location[:-1])
-    here = [name for prefix, name in known_keys(PolicyFile) if prefix == table]
-    if close := difflib.get_close_matches(location[-1], here, n=1):
-        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
-    elsewhere = {name: ".".join([*prefix, name]).replace("*", "DATASET") for prefix, name in known_keys(PolicyFile)}
-    if close := difflib.get_close_matches(location[-1], elsewhere, n=1, cutoff=0.75):
-        return f"; did you mean {elsewhere[close[0]]}?"
-    return f"; known here: {', '.join(here)}"
+            said = explain(error, cls, whole="the policy", patterns=_MEANT)
+            raise PolicyError(f"{path}: {said}") from None
 
 
 def shown(value: object) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -53,6 +55,16 @@ def keep_alive(command: Sequence[str], *, log: Logbook, secret: bytes = b"") -> 
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """End this process as soon as its standard input closes: whoever started it has died."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import subprocess
 import sys
@@ -224,6 +225,8 @@ class Coordinator:
             return {"bytes": file.tell()}
 
     def submit(self, record: dict[str, Any], *, operator: str) -> dict[str, Any]:
+        if not re.fullmatch("[0-9a-f]{64}", str(record["model"])):  # It becomes a file's name.
+            raise JobError("the job's initial model is not named by its SHA-256")
         model = self._upload(str(record["model"]))
         approvals = [(str(key), str(signature)) for key, signature in record["approvals"]]
         if not model.exists() or hashlib.sha256(model.read_bytes()).hexdigest() != model.stem:

@@ -24,7 +24,7 @@ from server.cohort import draw_cohort
 from server.collect import Collector, Failure, PlainCollector, Transport
 from server.jobs import JobFolder
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
-from server.rounds import RoundResult, heads_line, run_rounds
+from server.rounds import RoundResult, heads_line, newest_heads, run_rounds
 from server.secure import SecureCollector
 from strategies.catalogue import strategy_for
 from strategies.job import Job
@@ -273,15 +273,7 @@ class Deployment:
         self.folder.note("round", **{key: line[key] for key in ("round", "contributors", "failures", "seconds")})
 
     def _heads(self) -> tuple[dict[str, Head], Head | None]:
-        lines = self.folder.lines("heads.jsonl")
-        if not lines:
-            return {}, None
-        try:
-            own = lines[-1].get("server")
-            heads = {site: Head(int(seq), str(digest)) for site, (seq, digest) in lines[-1]["heads"].items()}
-            return heads, Head(int(own[0]), str(own[1])) if own is not None else None
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise RunError(f"{self.folder.path}: heads.jsonl is damaged") from None
+        return newest_heads(self.folder.lines("heads.jsonl"), where=str(self.folder.path))
 
     def _conclude(self, job: Job, state: ServerState, parameters: Parameters, names: list[str]) -> None:
         if state.release:  # With it and the model anyone could take the last round's noise away.

@@ -165,7 +165,9 @@ def check_submission(
         name
         for name, key in approvers.items()
         for signer, signature in approvals
-        if signer == key and is_signed_by(key, bytes.fromhex(signature), approval_of(job.hash, digest))
+        if signer == key
+        and re.fullmatch("[0-9a-f]{128}", signature)
+        and is_signed_by(key, bytes.fromhex(signature), approval_of(job.hash, digest))
     }
     if len(signed) < required:
         missing = ", ".join(sorted(set(approvers) - signed))

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from types import FrameType
 
 from privacy.errors import FedchorusError
 from privacy.logbook import Logbook
-from privacy.supervisor import NEEDS_A_PERSON, STOPPED
+from privacy.supervisor import NEEDS_A_PERSON, STOPPED, end_with_parent
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     log = Logbook("server", folder / "log.jsonl")
     passphrase = sys.stdin.buffer.readline().rstrip(b"\n") or None
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     try:
         from server.coordinator import Coordinator
 
@@ -40,11 +38,6 @@ def _stop(coordinator: object, number: int, frame: FrameType | None) -> None:
 
     assert isinstance(coordinator, Coordinator)
     coordinator.stop()
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,18 @@ def heads_line(round_number: int, heads: Mapping[str, Head], server: Head | None
     """The public record of all heads after a round; its digest is what each site signs in the next one."""
     line = {"round": round_number, "heads": {site: list(heads[site]) for site in sorted(heads)}}
     return line if server is None else {**line, "server": list(server)}
+
+
+def newest_heads(lines: Sequence[Mapping[str, Any]], *, where: str) -> tuple[dict[str, Head], Head | None]:
+    """Read the last of the lines that `heads_line` made: the sites' heads, and the server's own. Raises `RunError`."""
+    if not lines:
+        return {}, None
+    try:
+        own = lines[-1].get("server")
+        heads = {site: Head(int(seq), str(digest)) for site, (seq, digest) in lines[-1]["heads"].items()}
+        return heads, Head(int(own[0]), str(own[1])) if own is not None else None
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise RunError(f"{where}: heads.jsonl is damaged") from None
 
 
 def run_rounds(

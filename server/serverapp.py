@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import httpx
 from privacy.errors import FedchorusError
 from privacy.keys import IdentityKey
 from privacy.secagg.roster import Roster
+from privacy.supervisor import end_with_parent
 from server.deployment import Deployment, reason
 from server.jobs import JobFolder
 from server.sealed import SealedTransport
@@ -51,8 +50,8 @@ class HttpDoor:
 
 def main() -> None:
     folder, name = Path(sys.argv[1]), sys.argv[2]
-    told = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    told = json.loads(sys.stdin.buffer.readline())
+    end_with_parent()
     sys.exit(_run(folder, JobFolder.open(folder / "jobs", name), told))
 
 
@@ -90,11 +89,6 @@ def _run(folder: Path, job: JobFolder, told: dict[str, Any]) -> int:
     finally:
         heartbeat.stop()
         grid.close()
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from privacy.secagg.roster import Member, Roster
 from server.checkpoint import load_checkpoint, save_checkpoint
 from server.collect import PlainCollector, Transport
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
-from server.rounds import RoundResult, heads_line, run_rounds
+from server.rounds import RoundResult, heads_line, newest_heads, run_rounds
 from server.secure import SecureCollector
 from simulations.baselines import baselines
 from simulations.evaluation import Evaluation
@@ -223,15 +223,7 @@ class _Run:
 
     def _heads(self) -> tuple[dict[str, Head], Head | None]:
         """The newest heads of the sites' ledgers that the server kept, and of its own."""
-        lines = self.folder.lines("heads.jsonl")
-        if not lines:
-            return {}, None
-        try:
-            own = lines[-1].get("server")
-            heads = {site: Head(int(seq), str(digest)) for site, (seq, digest) in lines[-1]["heads"].items()}
-            return heads, Head(int(own[0]), str(own[1])) if own is not None else None
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise RunError(f"{self.folder.path}: heads.jsonl is damaged") from None
+        return newest_heads(self.folder.lines("heads.jsonl"), where=str(self.folder.path))
 
     def _open_release(self, layout: Layout, state: ServerState, seen: Head | None) -> Release:
         if self.release_plan is None:

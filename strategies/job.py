@@ -6,21 +6,19 @@ resolved job is written to the run folder; its SHA-256 names the job in every me
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
-import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privacy.errors import JobError
+from strategies.explain import explain, one_line
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Count = Annotated[int, Field(gt=0)]
@@ -32,6 +30,7 @@ Bound = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 
 
 MOST_TEXT = 2**20  # Characters of a job that comes over the network.
+MOST_DOTS = 64  # In a line of it: a dotted key of n parts takes tomllib n^2 steps.
 
 
 class Section(BaseModel):
@@ -524,9 +523,11 @@ def parse_job(text: str, *, where: str) -> Job:
     """Read a job from its text as it travels: nothing in it refers to a file here. Raises `JobError`."""
     if len(text) > MOST_TEXT:
         raise JobError(f"{where}: longer than {MOST_TEXT} characters")
+    if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+        raise JobError(f"{where}: a line with more than {MOST_DOTS} dots")
     try:
         return check_job(tomllib.loads(text), where=where)
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # Not all that tomllib raises is its own: a number of 5,000 digits.
         raise JobError(f"{where}: not valid TOML") from None
 
 
@@ -535,9 +536,7 @@ def check_job(raw: Mapping[str, Any], *, where: str) -> Job:
     try:
         return Job.model_validate(dict(raw))
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise JobError(_one_line(f"{where}: {problems[0]}{more}")) from None
+        raise JobError(f"{where}: {explain(error, Job, whole='the job')}") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -545,7 +544,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     ends = (position for position, letter in enumerate(override) if letter == "=" and _key_parts(override[:position]))
     end = next(ends, None)
     if end is None or len(override.splitlines()) > 1:
-        raise JobError(_one_line(f"--set {override}: expected key=value, for example training.rounds=5"))
+        raise JobError(one_line(f"--set {override}: expected key=value, for example training.rounds=5"))
     parts, text = _key_parts(override[:end]), override[end + 1 :]
     try:
         value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
@@ -564,27 +563,6 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         table[parts[-1]] = value
 
 
-def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "the job"
-    got = problem["input"]
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key {key}{_nearest(location)}"
-        case "missing":
-            return f"{key} is missing"
-        case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
-        case "model_type" | "dict_type":
-            return f"{key}: should be a table, got {got!r}"
-        case "string_pattern_mismatch":
-            return f"{key}: {got!r} is not a name (letters, digits, dot, dash, underscore; at most 64)"
-        case _:
-            shown = f"a table ({', '.join(got)})" if isinstance(got, dict) else repr(got)
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"{key}: {message.removeprefix('input ')}, got {shown}{_nearest_value(problem)}"
-
-
 def _key_parts(key: str) -> list[str]:
     """The tables and the name in a dotted key, quoted parts and all; nothing if it is no TOML key."""
     try:
@@ -596,58 +574,3 @@ def _key_parts(key: str) -> list[str]:
         part, nested = next(iter(nested.items()))
         parts.append(part)
     return parts
-
-
-def _one_line(text: str) -> str:
-    """Keys come from the file, and TOML lets a quoted key hold a newline."""
-    return " ".join(text.splitlines())
-
-
-def _nearest(location: Sequence[str]) -> str:
-    parent, unknown = list(location[:-1]), location[-1]
-    here = [name for prefix, name in known_keys() if prefix == _generic(parent)]
-    if close := difflib.get_close_matches(unknown, here, n=1, cutoff=0.6):
-        return f"; did you mean {'.'.join([*parent, close[0]])}?"
-    elsewhere: dict[str, str] = {}
-    for prefix, name in known_keys():
-        if "*" not in prefix:
-            elsewhere.setdefault(name, ".".join([*prefix, name]))
-    if close := difflib.get_close_matches(unknown, elsewhere, n=1, cutoff=0.75):
-        return f"; did you mean {elsewhere[close[0]]}?"
-    return f"; known here: {', '.join(here)}" if here else ""
-
-
-def _nearest_value(problem: Any) -> str:
-    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
-        return ""
-    allowed = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
-    close = difflib.get_close_matches(problem["input"], allowed, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _generic(parent: Sequence[str]) -> tuple[str, ...]:
-    """Replace the names that a user chooses (columns, sites) by `*`."""
-    generic = list(parent)
-    for table in (["data", "columns"], ["simulation", "partition", "mix"]):
-        if generic[: len(table)] == table and len(generic) > len(table):
-            generic[len(table)] = "*"
-    return tuple(generic)
-
-
-def known_keys(model: type[BaseModel] = Job, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every key of the job file, as (table, key); tables named by the user appear as `*`."""
-    for name, field in model.model_fields.items():
-        yield prefix, name
-        for nested, by_name in _sections(field.annotation):
-            yield from known_keys(nested, (*prefix, name, "*") if by_name else (*prefix, name))
-
-
-def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], bool]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, False
-    elif get_origin(annotation) in (Union, UnionType):
-        for member in get_args(annotation):
-            yield from _sections(member)
-    elif get_origin(annotation) is dict:
-        for nested, _ in _sections(get_args(annotation)[1]):
-            yield nested, True

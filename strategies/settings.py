@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 
 from privacy.enrolment import split_address
 from privacy.errors import Refused, RunError
-from strategies.job import _explain, _one_line, known_keys
+from strategies.explain import explain, one_line
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -50,7 +49,7 @@ def read_settings(path: Path, model: type[Model], *, what: str, version: int | N
     except OSError as error:
         raise RunError(f"{path}: cannot be read ({error.strerror})") from None
     except tomllib.TOMLDecodeError as error:
-        raise RunError(f"{path}: not valid TOML: {_one_line(str(error))}") from None
+        raise RunError(f"{path}: not valid TOML: {one_line(str(error))}") from None
     if version is not None:
         found = raw.get("version")
         if type(found) is int and found > version:
@@ -67,29 +66,4 @@ def checked(raw: Mapping[str, Any], model: type[Model], *, where: str) -> Model:
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        problems = [
-            _unknown([str(part) for part in problem["loc"]], model)
-            if problem["type"] == "extra_forbidden"
-            else _explain(problem).replace("the job:", "the file:")
-            # A misspelt key first: it is why another one is missing.
-            for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        ]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RunError(_one_line(f"{where}: {problems[0]}{more}")) from None
-
-
-def _unknown(location: list[str], model: type[BaseModel]) -> str:
-    known = list(known_keys(model))
-    *parent, unknown = location
-    # A table named by a person appears as `*`.
-    fits = [name for prefix, name in known if len(prefix) == len(parent) and all(map(_same, prefix, parent))]
-    near = {name: ".".join([*parent, name]) for name in fits}
-    elsewhere = {name: ".".join([*prefix, name]) for prefix, name in reversed(known) if "*" not in prefix}
-    for names, cutoff in ((near, 0.6), (elsewhere, 0.75)):
-        if close := difflib.get_close_matches(unknown, names, n=1, cutoff=cutoff):
-            return f"unknown key {'.'.join(location)}; did you mean {names[close[0]]}?"
-    return f"unknown key {'.'.join(location)}; known here: {', '.join(fits)}"
-
-
-def _same(known: str, given: str) -> bool:
-    return known in ("*", given)
+        raise RunError(f"{where}: {explain(error, model, whole='the file')}") from None

@@ -25,7 +25,8 @@ from privacy.budget import Limit, SiteBudget
 from privacy.events import UNIT_CLIENT, GaussianEvent, repeated
 from privacy.keys import IdentityKey
 from privacy.ledger import Entry, Ledger
-from strategies.job import Job, known_keys
+from strategies.explain import known_keys
+from strategies.job import Job
 from tests.strategies.jobs import make_job
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from privacy.errors import JobError
-from strategies.job import Job, Training, check_job, known_keys, load_job
+from strategies.explain import known_keys
+from strategies.job import Job, Training, check_job, load_job
 from tests.strategies.jobs import make_job, raw_job
 
 JOB = """
@@ -253,7 +254,7 @@ EVERY_SECTION: dict[str, Any] = raw_job(
 )
 
 
-@pytest.mark.parametrize(("table", "key"), sorted(set(known_keys())), ids=lambda value: str(value))
+@pytest.mark.parametrize(("table", "key"), sorted(set(known_keys(Job))), ids=lambda value: str(value))
 def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...], key: str) -> None:
     chosen = {"columns": "x", "mix": "north"}
     parent = [chosen[table[i - 1]] if name == "*" else name for i, name in enumerate(table)]
@@ -268,7 +269,7 @@ def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...],
     assert str(caught.value) == f"a test: unknown key {full}z; did you mean {full}?"
 
 
-KEYS = sorted({".".join([*table, key]).replace("*", "age") for table, key in known_keys()})
+KEYS = sorted({".".join([*table, key]).replace("*", "age") for table, key in known_keys(Job)})
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=6
@@ -438,7 +439,7 @@ class TestHash:
 
     def test_every_key_has_a_variant_here(self) -> None:
         changed = {re.sub(r"(columns|mix)\.\w+", r"\1.*", o.partition("=")[0]) for variant in VARIANTS for o in variant}
-        leaves = {".".join([*table, key]) for table, key in known_keys()}
+        leaves = {".".join([*table, key]) for table, key in known_keys(Job)}
         tables = {leaf for leaf in leaves if any(other.startswith(f"{leaf}.") for other in leaves)}
         assert leaves - tables - changed == set()
 
@@ -566,7 +567,7 @@ def test_no_key_of_a_job_can_be_assigned_or_removed() -> None:
                 setattr(section, name, getattr(section, name))
             with pytest.raises(ValidationError, match="frozen"):
                 delattr(section, name)
-    assert seen == len(list(known_keys()))
+    assert seen == len(list(known_keys(Job)))
     assert job.hash == before
     assert Job.model_validate(EVERY_SECTION).hash == before
 
