@@ -53,7 +53,7 @@ from strategies.messages import (
     header,
     parse_request,
 )
-from strategies.parameters import Parameters, Vector
+from strategies.parameters import Parameters, Vector, vector_hash
 from strategies.secure import SecureSum
 from strategies.total import layout_for
 
@@ -281,6 +281,8 @@ class Desk:
 
     def _keep(self, message: Deliver) -> Answer:
         """Keep the job's last model, see how it does on this site's test rows, and free what was not spent."""
+        if self._has(message):  # It came before, and the answer was lost.
+            return Agreed(self.name, message.job, message.round_number)
         seated = self._seat_of(message.job)
         check_deliver(message, job=seated.job.hash, parameters=seated.parameters.size)
         path = seated.folder.path / "model.safetensors"
@@ -292,6 +294,14 @@ class Desk:
         self._evaluate(seated, message.model)
         head = seated.budget.ledger.head if seated.budget is not None else None
         return Agreed(self.name, message.job, message.round_number, head)
+
+    def _has(self, message: Deliver) -> bool:
+        folder = RecordFolder(self.folder.state / "jobs" / message.job)
+        return (
+            re.fullmatch("[0-9a-f]{64}", message.job) is not None
+            and (folder.path / "report.json").exists()
+            and folder.read("report.json").get("model_hash") == message.model_hash
+        )
 
     def _seat_of(self, job: str) -> _Seated:
         """The job's seat; after a restart it is taken again, under the policy as it is now."""
@@ -307,7 +317,7 @@ class Desk:
 
     def _evaluate(self, seated: _Seated, model: Vector) -> None:
         assert self._trainer is not None
-        report: dict[str, Any] = {"job": seated.job.hash, "name": seated.job.name}
+        report: dict[str, Any] = {"job": seated.job.hash, "name": seated.job.name, "model_hash": vector_hash(model)}
         try:
             report["metrics"] = self._trainer.evaluate(model)
         except FedchorusError as error:

@@ -229,6 +229,14 @@ class TestCrashes:
         # The site whose answer was lost with the server sends the same again: nobody pays for round 2 twice.
         assert {reserved(thorax, name) for name in NAMES} == {3}
 
+    def test_a_site_that_dies_after_it_kept_the_model_says_so_when_it_is_asked_again(self, thorax: Thorax) -> None:
+        folder = thorax.submit(deployed_job(privacy=RECORD, **EVERYBODY))
+        self.crash_on(thorax, "south", '"kind": "agreed", "job": "' + folder.job.hash + '", "round": 2', before=False)
+        thorax.run(folder)
+        assert folder.read("summary.json")["not_delivered"] == []
+        assert thorax.sites["south"].activations == 2
+        assert reserved(thorax, "south") == 2
+
     def test_a_site_that_comes_back_after_the_offer_is_offered_the_job(self, thorax: Thorax) -> None:
         folder = thorax.submit(deployed_job(training={"rounds": 3}))
         thorax.sites["west"].online = False
