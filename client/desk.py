@@ -1,8 +1,9 @@
 """What a site does with a message: the seal, the policy, the gate; and one constant answer for everything it refuses.
 
-The order for an offer is the guarantee: seal -> job as it was hashed -> approvals -> what it would run, by content and
-before any of it runs -> data, in the trainer's process -> the whole policy -> the plan in the ledger -> agreed. For a
-round: seal -> policy -> gate (`client.gate`, `client.secure`). What is refused is explained in the site's own log.
+The order for an offer is the guarantee: seal -> job as it was hashed -> approvals, and all of the policy that needs no
+data, with what it would run by its content -> the data and the task's code, in the trainer's process -> what it costs,
+by the policy -> the plan in the ledger -> agreed. For a round: seal -> policy -> gate (`client.gate`, `client.secure`).
+What is refused is explained in the site's own log.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +59,8 @@ from strategies.secure import SecureSum
 from strategies.total import layout_for
 
 PRIVATE = ("keys", "state", "ledgers")  # What the trainer must not see.
+MOST_PATIENCE_S = 7 * 24 * 3600.0
+MOST_REPEATS = 60  # Of rounds, in a job that no ledger holds to its plan.
 DEADLINE_S = 3600.0  # For training once, where the job says nothing.
 
 
@@ -66,11 +69,10 @@ class _Seated:
     """A job that this site agreed to, and what serves it."""
 
     job: Job
-    plan: SitePlan
-    parameters: Parameters
     site: Site
     folder: RecordFolder
     budget: SiteBudget | None
+    first_model: str
 
 
 @dataclass
@@ -97,7 +99,7 @@ class Desk:
     def __post_init__(self) -> None:
         self.folder.state.mkdir(mode=0o700, exist_ok=True)
         self.history = History(self.folder.state / "history.jsonl")
-        self._seen = SeenNonces(self.folder.state / "nonces", keep_s=2 * self.settings.max_clock_skew_s)
+        self._seen = SeenNonces(self.folder.state / "nonces")
 
     @property
     def name(self) -> str:
@@ -113,7 +115,10 @@ class Desk:
         request = parse_request(text, array)
         answer = self._answer(request)
         said = header(answer)
-        reply = Seal(kind="answer", sender=self.name, recipient=COORDINATOR, nonce=sealed.nonce, time=self.clock())
+        now = self.clock()
+        reply = Seal(
+            kind="answer", sender=self.name, recipient=COORDINATOR, nonce=sealed.nonce, time=now, until=sealed.until
+        )
         return said, reply.signed(self.identity, said, array_digest(flat_array(answer))).text, answer
 
     def close(self) -> None:
@@ -125,13 +130,16 @@ class Desk:
     def _check_seal(self, seal: Seal, text: str, array: Vector | Words) -> None:
         expected = {"kind": "request", "sender": COORDINATOR, "recipient": self.name}
         seal.check(self.invitation.coordinator, text, array_digest(array), **expected)
-        away = seal.time - self.clock()
-        if abs(away) > self.settings.max_clock_skew_s:
+        now, skew = self.clock(), self.settings.max_clock_skew_s
+        if seal.time > now + skew or now > seal.until + skew:
+            away, how = (seal.time - now, "ahead of") if seal.time > now else (now - seal.until, "behind")
             raise Refused(
-                f"a message is {abs(away):.0f} s {'ahead of' if away > 0 else 'behind'} this site's clock, and "
-                f"{self.settings.max_clock_skew_s:g} s are allowed (site.toml); set both clocks by NTP"
+                f"a message is {away:.0f} s {how} this site's clock, and {skew:g} s are allowed (site.toml); set both "
+                "clocks by NTP"
             )
-        self._seen.add(seal.nonce, now=self.clock())
+        if seal.until - seal.time > MOST_PATIENCE_S:
+            raise Refused("a message that is to be believed for longer than a week")
+        self._seen.add(seal.nonce, until=seal.until + skew, now=now)
 
     def _answer(self, request: Request) -> Answer:
         match request:
@@ -169,16 +177,28 @@ class Desk:
         approvals = frozenset(
             key for key, signature in offer.approvals if is_signed_by(key, bytes.fromhex(signature), approved)
         )
-        code = content_of(job)
-        self.policy.check_code(job, code)  # Before any of it runs.
+        request = JobRequest(
+            job=job,
+            parameters=offer.parameters,
+            sites=len(self.roster.members),
+            plan=SitePlan(0),
+            code=content_of(job),
+            approvals=approvals,
+            approvers=frozenset(self.invitation.approvers.values()),
+            approvals_required=self.invitation.required,
+        )
+        now = datetime.fromtimestamp(self.clock(), UTC)
+        self.policy.check_offer(request, now=now, history=self.history)
         path = self._data_of(job)
+        # Whether data fit a job's schema says something about them: each try counts as one of the day's jobs.
+        self.history.admit(job.hash, now=now)
         trainer = self._trainer = self.make_trainer(
             data=path,
             hidden=[
                 self.folder.path / name for name in ("keys", "state", "ledgers") if (self.folder.path / name).exists()
             ],
             isolation=self.settings.trainer.isolation,
-            timeout_s=job.cohort.deadline_s or DEADLINE_S,
+            timeout_s=min(job.cohort.deadline_s or DEADLINE_S, self.settings.trainer.longest_s),
             memory_bytes=int(self.settings.trainer.memory_gb * 2**30) if self.settings.trainer.memory_gb else None,
         )
         trainer.start()
@@ -201,20 +221,10 @@ class Desk:
         )
         ledger = Ledger(self.folder.ledger(job.data.dataset), self.name, self.identity)
         ledger.refresh()
-        request = JobRequest(
-            job=job,
-            parameters=opened.parameters.size,
-            sites=len(self.roster.members),
-            plan=plan,
-            code=code,
-            approvals=approvals,
-            approvers=frozenset(self.invitation.approvers.values()),
-            approvals_required=self.invitation.required,
-        )
-        now = datetime.fromtimestamp(self.clock(), UTC)
+        request = replace(request, parameters=opened.parameters.size, plan=plan)
         self.policy.check(request, ledger=ledger.entries, now=now, history=self.history)
         trainer.plan(plan)
-        folder = RecordFolder(self.folder.state / "jobs" / job.hash)
+        folder = self._folder_of(job.hash)
         files = Files.within(folder.path, ledger=ledger.path)
         files = Files(files.ledger, self.folder.identity, files.outbox, self.folder.state / "journal", files.session)
         folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -236,10 +246,12 @@ class Desk:
             identity=self.identity,
         )
         site.open()
-        self.history.admit(job.hash, now=now)
         folder.write_bytes("job.toml", job.toml)
-        folder.write_text("offer.json", header(offer))  # To sit down again after a restart.
-        self._seated = _Seated(job, plan, opened.parameters, site, folder, budget)
+        folder.write(
+            "shapes.json", {"shapes": [[name, list(shape)] for name, shape in opened.parameters.shapes.items()]}
+        )
+        folder.write_text("offer.json", header(offer))  # To sit down again after a restart. Last: it is what is asked.
+        self._seated = _Seated(job, site, folder, budget, offer.model_hash)
         return self._seated
 
     def _data_of(self, job: Job) -> Path:
@@ -255,9 +267,15 @@ class Desk:
         seated = self._seat_of(request.job)
         if (seated.folder.path / "report.json").exists():
             raise Refused("a round of a job that is over")
+        if request.round_number > seated.job.training.rounds:
+            raise Refused(f"round {request.round_number} of a job that has {seated.job.training.rounds}")
+        asked = request if isinstance(request, Ask) else request.ask
+        if request.round_number == 1 and asked is not None and asked.model_hash != seated.first_model:
+            raise Refused("the model of round 1 is not the one that the job was offered, and approved, with")
         trains = isinstance(request, Ask) or request.stage == "mask"
         began = time.monotonic()
-        if trains:
+        if trains or (isinstance(request, Step) and request.stage == "advertise"):
+            # Before a secure sum begins, too: who drops out of it later wastes what the others pay.
             now = datetime.fromtimestamp(self.clock(), UTC)
             try:
                 self.policy.check_round(request.job, now=now, history=self.history)
@@ -265,7 +283,13 @@ class Desk:
                 self.refused += 1
                 self.log.warning("refused a round", job=request.job, round=request.round_number, why=str(error))
                 return Refusal(self.name, request.job, request.round_number)
-            self.history.answer(request.job, request.round_number, now=now)
+            if (
+                seated.budget is None
+                and self.history.rounds_of(request.job) >= seated.job.training.rounds + MOST_REPEATS
+            ):
+                raise Refused("a job that charges nothing has had its rounds, and more repeats than crashes explain")
+            if trains:
+                self.history.answer(request.job, request.round_number, now=now)
         answer = seated.site.handle(request)
         if trains:
             refused = isinstance(answer, Refusal)
@@ -280,52 +304,66 @@ class Desk:
         return answer
 
     def _keep(self, message: Deliver) -> Answer:
-        """Keep the job's last model, see how it does on this site's test rows, and free what was not spent."""
+        """Keep the job's last model, free what was not spent, and see how it does on this site's test rows.
+
+        The first two need nothing but what was kept when the site agreed: not the policy, the data or the trainer.
+        """
         if self._has(message):  # It came before, and the answer was lost.
             return Agreed(self.name, message.job, message.round_number)
-        seated = self._seat_of(message.job)
-        check_deliver(message, job=seated.job.hash, parameters=seated.parameters.size)
-        path = seated.folder.path / "model.safetensors"
+        offer, folder = self._offer_of(message.job), self._folder_of(message.job)
+        job = parse_job(offer.toml, where="the job that this site agreed to")
+        shapes = folder.read("shapes.json")["shapes"]
+        parameters = Parameters({str(name): tuple(shape) for name, shape in shapes})
+        check_deliver(message, job=job.hash, parameters=parameters.size)
         metadata = {"job": message.job, "round": str(message.round_number)}
-        seated.parameters.save(message.model, path, metadata)
-        if seated.budget is not None:
-            seated.budget.settle(message.job)
-        self.log.info("a job is over", job=message.job, name=seated.job.name, model=str(path))
-        self._evaluate(seated, message.model)
-        head = seated.budget.ledger.head if seated.budget is not None else None
+        parameters.save(message.model, folder.path / "model.safetensors", metadata)
+        report: dict[str, Any] = {"job": job.hash, "name": job.name, "model_hash": vector_hash(message.model)}
+        head, path = None, self.folder.ledger(job.data.dataset)
+        if path.exists():
+            budget = SiteBudget(Ledger(path, self.name, self.identity))
+            accounts = budget.accounts()
+            if (account := accounts.jobs.get(job.hash)) is not None:
+                budget.settle(job.hash)
+                head = budget.ledger.head
+                report["epsilon"] = [
+                    {**limit.as_dict(), "epsilon": accounts.epsilon(limit.unit, limit.delta, spent_only=True)}
+                    for limit in account.limits
+                ]
+        self.log.info("a job is over", job=message.job, name=job.name, model=str(folder.path / "model.safetensors"))
+        try:
+            self._seat_of(message.job)
+            assert self._trainer is not None
+            report["metrics"] = self._trainer.evaluate(message.model)
+        except (FedchorusError, OSError) as error:
+            why = str(error) if isinstance(error, FedchorusError) else type(error).__name__
+            self.log.warning("the model could not be evaluated here", why=why)
+        folder.write("report.json", report)
         return Agreed(self.name, message.job, message.round_number, head)
 
     def _has(self, message: Deliver) -> bool:
-        folder = RecordFolder(self.folder.state / "jobs" / message.job)
-        return (
-            re.fullmatch("[0-9a-f]{64}", message.job) is not None
-            and (folder.path / "report.json").exists()
-            and folder.read("report.json").get("model_hash") == message.model_hash
-        )
+        folder = self._folder_of(message.job)
+        if not (folder.path / "report.json").exists():
+            return False
+        return folder.read("report.json").get("model_hash") == message.model_hash
 
     def _seat_of(self, job: str) -> _Seated:
         """The job's seat; after a restart it is taken again, under the policy as it is now."""
         if self._seated is not None and self._seated.job.hash == job:
             return self._seated
-        path = self.folder.state / "jobs" / job / "offer.json"
-        if not re.fullmatch("[0-9a-f]{64}", job) or not path.exists():
-            raise Refused("a message of a job that this site has not agreed to")
-        offer = parse_request(path.read_text(encoding="utf-8"), NOTHING)
-        assert isinstance(offer, Offer)
+        offer = self._offer_of(job)
         self.log.info("takes its seat again", job=job)
         return self._take_seat(offer)
 
-    def _evaluate(self, seated: _Seated, model: Vector) -> None:
-        assert self._trainer is not None
-        report: dict[str, Any] = {"job": seated.job.hash, "name": seated.job.name, "model_hash": vector_hash(model)}
-        try:
-            report["metrics"] = self._trainer.evaluate(model)
-        except FedchorusError as error:
-            self.log.warning("the model could not be evaluated here", why=str(error))
-        if seated.budget is not None:
-            accounts = seated.budget.accounts()
-            report["epsilon"] = [
-                {**limit.as_dict(), "epsilon": accounts.epsilon(limit.unit, limit.delta, spent_only=True)}
-                for limit in seated.plan.limits
-            ]
-        seated.folder.write("report.json", report)
+    def _folder_of(self, job: str) -> RecordFolder:
+        if not re.fullmatch("[0-9a-f]{64}", job):
+            raise Refused("a job that is not named by its hash")
+        return RecordFolder(self.folder.state / "jobs" / job)
+
+    def _offer_of(self, job: str) -> Offer:
+        """The offer of a job that this site agreed to."""
+        path = self._folder_of(job).path / "offer.json"
+        if not path.exists():
+            raise Refused("a message of a job that this site has not agreed to")
+        offer = parse_request(path.read_text(encoding="utf-8"), NOTHING)
+        assert isinstance(offer, Offer)
+        return offer

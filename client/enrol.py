@@ -6,6 +6,7 @@ its hash in `site.toml`. A key that changed, or an older roster, is accepted onl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -46,6 +47,8 @@ max_clock_skew_s = 300
 # "auto": as well as this machine can. "none": not at all.
 isolation = "auto"
 # memory_gb = 16
+# Training that takes longer than this in one round is ended, whatever the job says (seconds).
+longest_s = 3600
 
 [health]
 # listen = "127.0.0.1:9100"
@@ -110,7 +113,7 @@ def review(folder: Path, kit_file: Path) -> Review:
     if kit.site != settings.name:
         raise Refused(f"{files.settings}: name is {settings.name}, the kit is for {kit.site}; put back what it was")
     old = Roster.load(files.roster) if files.roster.exists() else None
-    warnings = [] if old is None else _warnings(old, kit.participants)
+    warnings = [] if old is None else _warnings(old, kit.participants, _met(files))
     if settings.roster and (old is None or settings.roster not in (old.hash, kit.participants.hash)):
         warnings.append("the roster that this site agreed to is missing: nobody can tell whose key changed")
     return Review(kit, invitation, tuple(warnings), _news(old, kit.participants))
@@ -145,6 +148,8 @@ def accept(
         install_certificate(folder, certificate, now=now, passphrase=passphrase)
     write_atomically(files.authority, review.invitation.authority.encode())
     pin_roster(folder, signed.hash)
+    met = {**_met(files), **{member.name: member.key for member in signed.members}}
+    write_atomically(files.state / "members.json", json.dumps(met, indent=1, sort_keys=True).encode() + b"\n")
     signed.save(files.roster)
     return signed
 
@@ -216,14 +221,15 @@ def _is_newer(files: SiteFolder, invitation: Invitation, pem: bytes) -> bool:
     return peer_of_pem(pem, authority=authority).not_after > installed.not_after
 
 
-def _warnings(old: Roster, new: Roster) -> list[str]:
+def _warnings(old: Roster, new: Roster, met: Mapping[str, str]) -> list[str]:
+    """`met` are the keys of all members that this site ever agreed to: one that left may not come back as another."""
     warnings = []
     if new.version < old.version:
         warnings.append(f"roster version {new.version} is older than {old.version}, which this site agreed to")
     if new.version == old.version and new.hash != old.hash:
         warnings.append(f"roster version {new.version} is another one than the version {old.version} agreed to")
-    keys = {member.name: member.key for member in old.members}
-    names = {member.key: member.name for member in old.members}
+    keys = {**met, **{member.name: member.key for member in old.members}}
+    names = {key: name for name, key in keys.items()}
     for member in new.members:
         if keys.get(member.name, member.key) != member.key:
             was, now = key_fingerprint(keys[member.name]), key_fingerprint(member.key)
@@ -231,6 +237,18 @@ def _warnings(old: Roster, new: Roster) -> list[str]:
         if names.get(member.key, member.name) != member.name:
             warnings.append(f"{names[member.key]}'s key is now {member.name}'s")
     return warnings
+
+
+def _met(files: SiteFolder) -> dict[str, str]:
+    """The newest key of each member that this site ever agreed to. Raises `RunError` for a damaged file."""
+    path = files.state / "members.json"
+    try:
+        met = json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError:
+        met = None
+    if not isinstance(met, dict) or not all(isinstance(key, str) for key in met.values()):
+        raise RunError(f"{path}: damaged; restore it from a backup, or remove it and compare all keys by hand")
+    return met
 
 
 def _news(old: Roster | None, new: Roster) -> tuple[str, ...]:

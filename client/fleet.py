@@ -20,7 +20,7 @@ from typing import Any
 os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 import httpx
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -44,7 +44,12 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -124,13 +129,13 @@ class FleetLink:
 
     def answer(self, incoming: Incoming, text: str, seal: str, answer: Answer) -> None:
         """Send a sealed answer."""
-        self._send(Message(_packed(text, seal, flat_array(answer)), reply_to=incoming.message))
+        reply = Message(_packed(text, seal, flat_array(answer)), reply_to=incoming.message)
+        self._send(reply, incoming.message.metadata)
 
     def decline(self, incoming: Message) -> None:
         """Say that there is no answer, and nothing about why."""
-        self._send(
-            Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "this site gives no answer"), reply_to=incoming)
-        )
+        error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "this site gives no answer")
+        self._send(Message(error, reply_to=incoming), incoming.metadata)
 
     def close(self) -> None:
         """Say goodbye, so that nobody waits for this site."""
@@ -169,9 +174,10 @@ class FleetLink:
         message.metadata.__dict__["_message_id"] = head.metadata.message_id
         return message
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Message, asked: Metadata) -> None:
         """Send it whole; a connection that breaks is tried again: the work behind an answer is worth a minute."""
         node, run = self._there, message.metadata.run_id
+        message.metadata.__dict__.update(_created_at=asked.created_at, _ttl=asked.ttl)  # By the server's clock.
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
             tree = get_object_tree(message)
@@ -217,9 +223,17 @@ def _explained() -> Iterator[None]:
             raise NotAdmitted(f"the server does not let this site in: {said}") from None
         if status == 401:
             raise NotAdmitted("the server does not know this node, or its clock is another") from None
+        if status == 412 and error.request.url.path.endswith("activate-node"):
+            raise NotAdmitted(
+                "the server does not know this site's key; was it signed, and is it the newest kit?"
+            ) from None
         if status >= 500 or status in (404, 429):
             raise Unreachable(f"the server answers {status}: {said or 'it is busy or starting'}") from None
         raise RunOver(f"the run of this message is over, or takes no such answer ({status})") from None
+    except ObjectPullError:
+        raise RunOver("a part of a message is gone: its run is over") from None
+    except ValueError:
+        raise Unreachable("what the server answers is not Flower's; compare the versions at both ends") from None
     except httpx.TransportError as error:
         text = str(error)
         if "verify failed" in text.lower():
@@ -230,12 +244,12 @@ def _explained() -> Iterator[None]:
 
 
 def _said(response: httpx.Response) -> str:
-    """The one line of our guard, or nothing where Flower itself answered."""
+    """The one line of our guard, or nothing where Flower itself, or something else, answered."""
     try:
         said = response.json()["error"]
-        return said if isinstance(said, str) else ""
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
+    return said if isinstance(said, str) and said.isprintable() and len(said) < 500 else ""
 
 
 def _packed(text: str, seal: str, array: Vector | Words) -> RecordDict:

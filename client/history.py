@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -47,6 +48,7 @@ class History:
         self.path = path
         self._jobs: dict[str, datetime] = {}
         self._rounds: list[datetime] = []
+        self._answered: Counter[str] = Counter()
         self._check, self._end, self._lines = _FIRST, 0, 0
         self._refresh()
 
@@ -64,6 +66,11 @@ class History:
         """Whether the job was ever admitted here."""
         self._refresh()
         return job in self._jobs
+
+    def rounds_of(self, job: str) -> int:
+        """How often the site set out to answer a round of `job`."""
+        self._refresh()
+        return self._answered[job]
 
     def jobs_since(self, moment: datetime) -> int:
         """How many jobs were admitted after `moment`; one with a time still to come (the clock went back) counts."""
@@ -121,6 +128,7 @@ class History:
                 self._jobs.setdefault(record["job"], time)
             else:
                 self._rounds.append(time)
+                self._answered[record["job"]] += 1
             self._check, self._end, self._lines = record["check"], self._end + len(line), self._lines + 1
 
     def _verified(self, line: bytes) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Machine:
 
     def gpus(self) -> list[str]:
         """The names of the GPUs that torch can use. Raises `RunError` where torch does not start."""
-        found = _printed(_GPUS, timeout_s=90)
+        found = _printed(_GPUS, timeout_s=120)
         if not isinstance(found, list):
             raise RunError("torch cannot be imported by this Python")
         return [str(name) for name in found]

@@ -21,7 +21,7 @@ from cryptography import x509
 
 from client.desk import Desk
 from client.enrol import add_signatures, install_certificate, read_invitation, renewal_csr
-from client.fleet import FleetLink, Incoming, NotAdmitted, RunOver, Stranger, Unreachable
+from client.fleet import FleetLink, Incoming, NotAdmitted, RunOver, Stranger, Unreachable, _said
 from client.health import HealthServer, Status
 from client.policy import Policy
 from client.settings import Settings, SiteFolder
@@ -61,7 +61,7 @@ class Node:
                 try:
                     self._session()
                     pause = 0.5
-                except (Unreachable, NotAdmitted, httpx.HTTPError, OSError) as error:
+                except (FedchorusError, httpx.HTTPError, OSError) as error:
                     why = str(error) or type(error).__name__
                     self.status.say("waiting", why)
                     self.log.warning("no connection to the coordinator", why=why, again_in_s=round(pause, 1))
@@ -215,15 +215,15 @@ def client_context(folder: SiteFolder, passphrase: bytes | None = None) -> ssl.S
 
 
 def _checked(answer: httpx.Response) -> dict[str, object]:
-    try:
-        record = answer.json()
-    except ValueError:
-        record = {}
     if answer.status_code in (401, 403):
-        raise NotAdmitted(f"the server does not let this site in: {record.get('error', answer.status_code)}")
-    if answer.status_code != 200 or not isinstance(record, dict):
-        said = record.get("error") if isinstance(record, dict) else None
-        raise Unreachable(f"the server answers {answer.status_code}: {said or 'it is busy or of another version'}")
+        raise NotAdmitted(f"the server does not let this site in: {_said(answer) or answer.status_code}")
+    try:
+        record = answer.json() if answer.status_code == 200 else None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        said = _said(answer) or "it is busy or of another version"
+        raise Unreachable(f"the server answers {answer.status_code}: {said}")
     return record
 
 

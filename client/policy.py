@@ -48,10 +48,22 @@ class Policy(PolicyFile):
         if violations:
             raise PolicyRefused(f"job {request.job.hash[:12]}", violations)
 
-    def check_code(self, job: Job, code: Mapping[str, str]) -> None:
-        """Refuse what a job would run before any of it does. `code` as in `JobRequest`. Raises `PolicyRefused`."""
-        if violations := list(self._what_runs(job, code)):
-            raise PolicyRefused(f"job {job.hash[:12]}", violations)
+    def check_offer(self, request: JobRequest, *, now: datetime, history: History) -> None:
+        """Refuse whatever can be refused before the job's code runs and its data are opened: all but its cost.
+
+        `request.plan` is not known yet: it has no rows and no events. Raises `PolicyRefused`.
+        """
+        _must_name_its_zone(now)
+        dataset = request.job.data.dataset
+        violations = [
+            *self._what_runs(request.job, request.code),
+            *([] if dataset in self.data else [Violation(f"data.{dataset}", "the data set is not listed")]),
+            *self._privacy(request),
+            *self._secure(request),
+            *self._limits(request, now, history),
+        ]
+        if violations:
+            raise PolicyRefused(f"job {request.job.hash[:12]}", violations)
 
     def check_round(self, job: str, *, now: datetime, history: History) -> None:
         """Refuse a round outside `limits.hours` or above `limits.rounds_per_hour`. Raises `PolicyRefused`."""

@@ -3,47 +3,55 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from privacy.durable import write_atomically
-from privacy.errors import Refused
+from privacy.errors import Refused, RunError
 
-_LINE = 64 + 1 + 16 + 1  # "nonce time\n", the time in hexadecimal milliseconds.
+_LINE = re.compile(rb"([0-9a-f]{64}) ([0-9a-f]{16})\n")  # "nonce until\n", the time in milliseconds.
 _COMPACT = 4096
 
 
 class SeenNonces:
-    """Nonces of the last `keep_s` seconds, in a file. Longer than that a message is not believed anyway.
+    """Nonces of messages that would still be believed, in a file.
 
-    The file is not synced to the disk: it outlives a killed process, and after a power cut messages of the minutes
-    before would have to be replayed while the site starts.
+    The file is not synced to the disk: it outlives a killed process, and after a power cut messages of the moments
+    before would have to be replayed. Raises `RunError` for a file that is not what was written to it.
     """
 
-    def __init__(self, path: Path, *, keep_s: float) -> None:
-        self._path, self._keep_s = path, keep_s
-        self._seen: dict[str, float] = {}
-        if path.exists():
-            text = path.read_bytes()
-            lines = [text[at : at + _LINE] for at in range(0, len(text) - _LINE + 1, _LINE)]
-            try:
-                self._seen = {line[:64].decode(): int(line[65:81], 16) / 1000 for line in lines}
-            except ValueError:
-                raise Refused(f"{path}: damaged; remove it when no message has come for ten minutes") from None
-            if len(text) % _LINE:  # A crash cut the last one short.
-                write_atomically(path, b"".join(lines))
+    def __init__(self, path: Path) -> None:
+        self._path, self._until = path, dict[str, int]()
+        text = path.read_bytes() if path.exists() else b""
+        whole = 0
+        while line := _LINE.match(text, whole):
+            self._until[line[1].decode()] = int(line[2], 16)
+            whole = line.end()
+        rest = text[whole:]
+        # A crash cuts the last line short, or leaves zeros where it should be. Anything else is somebody's doing.
+        if rest.strip(b"\0") and (len(rest) >= 82 or not re.fullmatch(rb"[0-9a-f ]*\0*", rest)):
+            raise RunError(f"{path}: damaged; remove it when the client has been stopped for an hour, then start it")
+        if rest:
+            self._rewrite()
 
-    def add(self, nonce: str, *, now: float) -> None:
-        """Note a nonce (64 hexadecimal digits). Raises `Refused` for one that was seen before."""
-        if nonce in self._seen:
+    def add(self, nonce: str, *, until: float, now: float) -> None:
+        """Note a nonce (64 hexadecimal digits) of a message that is believed `until` then (seconds since 1970).
+
+        Raises `Refused` for one that was seen before.
+        """
+        if nonce in self._until:
             raise Refused("a message came for the second time: it was replayed")
-        self._seen[nonce] = now
-        if len(self._seen) > _COMPACT and min(self._seen.values()) < now - self._keep_s:
-            self._seen = {one: at for one, at in self._seen.items() if at >= now - self._keep_s}
-            write_atomically(self._path, b"".join(_line(one, at) for one, at in self._seen.items()))
+        self._until[nonce] = int(until * 1000)
+        if len(self._until) > _COMPACT and min(self._until.values()) < now * 1000:
+            self._until = {one: end for one, end in self._until.items() if end >= now * 1000}
+            self._rewrite()
             return
         with os.fdopen(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "wb") as file:
-            file.write(_line(nonce, now))
+            file.write(_line(nonce, self._until[nonce]))
+
+    def _rewrite(self) -> None:
+        write_atomically(self._path, b"".join(_line(one, end) for one, end in self._until.items()))
 
 
-def _line(nonce: str, now: float) -> bytes:
-    return f"{nonce} {int(now * 1000):016x}\n".encode()
+def _line(nonce: str, until: int) -> bytes:
+    return f"{nonce} {until:016x}\n".encode()

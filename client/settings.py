@@ -80,10 +80,11 @@ class DataSet(Section):
 
 
 class TrainerSettings(Section):
-    """How the process that runs the user's code is shut in, and how much memory it may take."""
+    """How the process that runs the user's code is shut in, and how much memory and time it may take."""
 
     isolation: Literal["auto", "required", "none"] = "auto"
     memory_gb: Positive | None = None
+    longest_s: Positive = 3600.0
 
 
 class Health(Section):

@@ -71,7 +71,7 @@ def make_api(office: Office) -> Starlette:
                 answered = await answer(request)
             except FedchorusError as error:
                 return JSONResponse({"error": str(error)}, 400)
-            except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError):
                 return JSONResponse({"error": "the call is not one of this server's version; compare versions"}, 400)
             if isinstance(answered, bytes):
                 return Response(answered, media_type="application/octet-stream")

@@ -10,9 +10,9 @@ One entry is one line of canonical JSON (`privacy.ledger.canonical`):
   before afresh), `torn` (a crash cut a line short; it was removed), `gap` (calls that could not be written).
 
 Never in it: tokens, bodies, keys, query strings. Nodes poll several times a second, so polls and heartbeats that
-succeed are counted, and so are refusals for too many calls after a caller's first in a minute: a flood must not fill
-the disk. A crash loses at most that minute's counts. The chain cannot show that its newest entries are gone: a
-`head` kept elsewhere does.
+succeed are counted. So are, after a caller's first in a minute, refusals for too many calls and of callers without a
+credential: a flood must not fill the disk. A crash loses at most that minute's counts. The chain cannot show that its
+newest entries are gone: a `head` kept elsewhere does.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class AuditLog:
         self._file = self._held = -1
 
     def _is_counted(self, call: Call) -> bool:
-        flood = call.status == TOO_MANY
+        # Who has no credential could otherwise fill the disk, one refusal at a time.
+        flood = call.status == TOO_MANY or (call.is_refusal and call.who == "anonymous")
         if not flood and (call.is_refusal or call.path not in COUNTED):
             return False
         key = (call.who, call.address if call.who == "anonymous" else "", "refused" if flood else "")

@@ -220,7 +220,7 @@ def _approval(path: Path) -> tuple[str, str]:
     try:
         record = json.loads(path.read_bytes())
         return str(record["key"]), str(record["signature"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise JobError(f"{path}: not an approval; `fedchorus approve` writes one") from None
 
 

@@ -24,7 +24,7 @@ from server.cohort import draw_cohort
 from server.collect import Collector, Failure, PlainCollector, Transport
 from server.jobs import JobFolder
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
-from server.rounds import RoundResult, heads_line, newest_heads, run_rounds
+from server.rounds import Diverged, RoundResult, heads_line, newest_heads, run_rounds
 from server.secure import SecureCollector
 from strategies.catalogue import strategy_for
 from strategies.job import Job
@@ -99,6 +99,7 @@ class Deployment:
             version("fedchorus"),
             self.folder.approvals,
         )
+        self._bind_roster()
         state = ServerState(start)
         if self.folder.checkpoint.exists():
             state = load_checkpoint(self.folder.checkpoint, job=job.hash)
@@ -106,9 +107,15 @@ class Deployment:
         if state.round_number < job.training.rounds:
             release = self._release(job, parameters, len(names), state)
             state = self._train(job, state, names, offer, needed, secure, release)
-            if isinstance(release, CentralRelease):
-                release.settle()
         self._conclude(job, state, parameters, names)
+
+    def _bind_roster(self) -> None:
+        """A job is its members' from first to last: who is drawn, and what that costs, follows from them."""
+        path = self.folder.path / "participants.json"
+        if not path.exists():
+            self.roster.save(path)
+        elif Roster.load(path).hash != self.roster.hash:
+            raise JobError("the federation's members or keys changed since the job began; submit it as a new job")
 
     def _train(
         self,
@@ -122,11 +129,15 @@ class Deployment:
     ) -> ServerState:
         kept = [state]
 
+        secret = job.cohort.rate is not None
+
         def cohort(number: int) -> list[str]:
+            # Of a secret cohort nobody may see who is drawn: all are offered the job, and all are waited for.
             asked = draw_cohort(names, job.cohort, seed=job.seed, round_number=number, secret=lambda _: OsNoise())
-            self._gather(asked, min(needed, len(asked)), offer)
+            self._gather(names if secret else asked, min(needed, len(asked)), offer)
             self._began = time.monotonic()
-            return asked
+            # A secure sum's members are fixed; elsewhere who has not agreed would only be waited for.
+            return asked if secure is not None else [site for site in asked if site in self._agreed]
 
         def checkpoint(after: ServerState) -> None:
             save_checkpoint(after, self.folder.checkpoint, job=job.hash)
@@ -150,6 +161,8 @@ class Deployment:
                     heads=heads,
                     server_head=server_head,
                 )
+            except Diverged:
+                raise
             except RunError as error:
                 failed = failed + 1 if kept[0].round_number == before else 1
                 self.folder.note("round failed", round=kept[0].round_number + 1, why=str(error), attempt=failed)
@@ -276,6 +289,8 @@ class Deployment:
         return newest_heads(self.folder.lines("heads.jsonl"), where=str(self.folder.path))
 
     def _conclude(self, job: Job, state: ServerState, parameters: Parameters, names: list[str]) -> None:
+        if job.privacy.central is not None:  # Again after a crash: what was planned and not reserved is free.
+            SiteBudget(Ledger(self.ledger, SERVER, self.key)).settle(job.hash)
         if state.release:  # With it and the model anyone could take the last round's noise away.
             save_checkpoint(replace(state, release={}), self.folder.checkpoint, job=job.hash)
         parameters.save(state.model, self.folder.model, {"job": job.hash, "round": str(state.round_number)})
@@ -292,8 +307,11 @@ class Deployment:
             for site, answer in self.fleet.exchange(dict.fromkeys(sorted(without & online), message)):
                 if isinstance(answer, Agreed | Refusal):
                     without.discard(site)
-            if time.monotonic() > deadline or self.folder.wants_stop:
+            if self.folder.wants_stop:
+                raise Stopped
+            if time.monotonic() > deadline:
                 break
+            self._pause(min(self.pause_s, 2.0))
         return without
 
     def _summary(self, job: Job, state: ServerState, names: list[str], without: set[str]) -> Mapping[str, Any]:

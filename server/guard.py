@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -43,7 +44,7 @@ FLEET_CALLS = frozenset(
 )
 CONTROL_READS = frozenset(
     {"list-runs", "list-nodes", "list-run-series", "get-run-series", "list-run-series-events", "list-federations"}
-    | {"show-federation", "stream-logs", "stream-run-events"}
+    | {"show-federation"}  # No streams: each would hold one of the few threads that all calls share.
 )
 NODE_KEY_HEADER = b"flwr-public-key"  # flwr.supercore.constant.FLEET_HTTP_PUBLIC_KEY_HEADER
 RUNS = "fedchorus.runs"  # A set in the scope, to which `server.flower_auth` adds the run ids that Flower reads.
@@ -300,7 +301,7 @@ class Guard(Generic[P]):
         if visit.who:
             return _kept(self._known, visit.who, _Meter(rates.known_per_s, rates.known_burst, self._timer()))
         fresh = _Meter(rates.anonymous_per_s, rates.anonymous_burst, self._timer())
-        return _kept(self._anonymous, visit.caller.address, fresh)
+        return _kept(self._anonymous, _network(visit.caller.address), fresh)
 
     async def _record(
         self,
@@ -411,6 +412,15 @@ class _Exchange:
         headers += [(b"retry-after", b"1")] if status == 429 else []
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _network(address: str) -> str:
+    """Whose an address is: of IPv6 its first half, as one customer has all addresses in it."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(parsed) if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
 def _bearer(scope: Scope) -> str:

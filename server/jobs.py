@@ -3,6 +3,7 @@
 job.toml               the job, byte for byte what its hash covers
 initial.safetensors    the model that round 1 starts from       approvals.json   who signed both
 state.json             where it stands, and why                 events.jsonl     what happened, with times
+participants.json      the roster it began with
 metrics.jsonl          one line a round                         heads.jsonl      the ledgers' heads after each round
 checkpoint.safetensors the state after the last round           model.safetensors, summary.json
 """
@@ -104,6 +105,11 @@ class JobFolder(RecordFolder):
         return list(_parsed(lines[after:]))
 
     @property
+    def lacks_delivery(self) -> bool:
+        """Whether it is over, and some sites were not there to get its model."""
+        return self.state == "finished" and bool(self.read("summary.json").get("not_delivered"))
+
+    @property
     def wants_stop(self) -> bool:
         return (self.path / "stop").exists()
 
@@ -111,9 +117,13 @@ class JobFolder(RecordFolder):
         (self.path / "stop").touch()
 
     def view(self) -> dict[str, Any]:
-        """What `fedchorus status` shows."""
-        rounds, kept = self.lines("metrics.jsonl"), self.read("state.json")
-        job = self.job
+        """What `fedchorus status` shows; of a job whose files are damaged, that they are."""
+        try:
+            rounds, kept, job = self.lines("metrics.jsonl"), self.read("state.json"), self.job
+        except (RunError, JobError) as error:
+            nothing = dict.fromkeys(("contributors", "failures", "training_loss", "seconds"))
+            damaged = {"state": "damaged", "why": str(error), "since": "", "rounds": 0, "of": 0, "last": nothing}
+            return {"id": self.id, "name": self.id[:-9], "hash": "", **damaged}
         last = rounds[-1] if rounds else {}
         return {
             "id": self.id,

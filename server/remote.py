@@ -15,6 +15,7 @@ from privacy.errors import RunError
 from server.operators import Operator
 
 PIECE = 2**22
+KINDS = ("application/json", "application/octet-stream")  # Of what our API answers.
 
 
 class Remote:
@@ -87,15 +88,15 @@ class Remote:
     def _call(self, method: str, path: str, **body: Any) -> httpx.Response:
         try:
             answer = self._client.request(method, path, **body)
-        except httpx.TransportError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             said = str(error) or type(error).__name__
             raise RunError(
                 f"{self._address}: no answer ({said}); check the address, the network and that `fedchorus server` runs"
             ) from None
-        if answer.status_code != 200:
+        if answer.status_code != 200 or answer.headers.get("content-type") not in KINDS:
             try:
                 said = str(answer.json()["error"])
-            except (ValueError, KeyError, TypeError):
-                said = f"status {answer.status_code}"
+            except (ValueError, KeyError, TypeError, RecursionError):
+                said = f"status {answer.status_code} without a word of fedchorus; is another program there?"
             raise RunError(f"{self._address}: {said}")
         return answer

@@ -18,6 +18,10 @@ from strategies.parameters import Vector
 from strategies.protocol import ServerState, Strategy
 
 
+class Diverged(RunError):
+    """The model is not finite: the same round again would end in the same way."""
+
+
 @dataclass(frozen=True)
 class RoundResult:
     """What one round leaves behind; `heads` are the newest ledger heads of all sites heard so far."""
@@ -91,7 +95,7 @@ def run_rounds(
         # What the noise remembers would show the sum behind it: no strategy is given it, and none can lose it.
         state = replace(strategy.step(replace(state, release={}), total), release=released.release)
         if not np.isfinite(state.model).all():
-            raise RunError(f"round {number}: the model diverged; lower training.learning_rate")
+            raise Diverged(f"round {number}: the model diverged; lower training.learning_rate")
         witnessed.update(collected.heads)
         server_head = release.head
         record(RoundResult(number, collected, dict(witnessed), server_head, evaluate(state.model), state.model))

@@ -20,12 +20,24 @@ from privacy.keys import IdentityKey
 from server.collect import Failure
 from server.transport import pack_array, unpack_array
 from strategies.envelope import COORDINATOR, Seal, array_digest
-from strategies.messages import Answer, MalformedMessage, Request, Step, flat_array, header, parse_answer, unflat
+from strategies.messages import (
+    Answer,
+    Ask,
+    MalformedMessage,
+    Offer,
+    Request,
+    Step,
+    flat_array,
+    header,
+    parse_answer,
+    unflat,
+)
 
 FLEET = f"{MessageType.QUERY}.fedchorus"
 LARGE = 2**20  # Answers to larger messages are fetched one by one: their number must not show in our memory.
 SMALL = 2**18
 RESENDS = 5
+OFFER_S, DELIVER_S = 60.0, 600.0
 MISSED = 3  # A site that asked for its next message so often, and has no answer to this one, does not have it.
 
 
@@ -58,7 +70,8 @@ class SealedTransport:
     """A `server.collect.Transport` to enrolled sites.
 
     `keys` are the sites' identity keys, `key` the coordinator's. `deadline_s` ends the wait for an answer to anything
-    that makes a site train, `step_timeout_s` for the rest; a message that was not fetched by then is never handed out.
+    that makes a site train, `step_timeout_s` for a step that does not. A message that was not fetched by then is never
+    handed out.
     """
 
     grid: Grid
@@ -81,7 +94,7 @@ class SealedTransport:
         for site in requests.keys() - online:
             yield site, Failure(site, "offline", silent=True)
         there = {site: request for site, request in requests.items() if site in online}
-        wait_s = self.deadline_s if any(map(_takes_long, there.values())) else self.step_timeout_s
+        wait_s = min(map(self._patience, there.values()), default=0.0)
         waiting = self._send(there, ttl_s=wait_s)
         yield from ((site, Failure(site, "Flower did not take the message")) for site in there.keys() - waiting.keys())
         if all(isinstance(request, Step) and request.stage == "forget" for request in there.values()):
@@ -114,6 +127,16 @@ class SealedTransport:
         for site in waiting:
             yield site, Failure(site, "no answer in time", silent=True)
 
+    def _patience(self, request: Request) -> float:
+        match request:
+            case Ask():
+                return self.deadline_s
+            case Step():
+                return self.step_timeout_s if request.ask is None else self.deadline_s
+            case Offer():  # A site that needs longer to open its data is there when it is offered again.
+                return min(self.deadline_s, OFFER_S)
+        return min(self.deadline_s, DELIVER_S)
+
     def _look(self, wait_s: float) -> None:
         self._version, self._sites = self.door.wait(self._version if wait_s else -1, wait_s)
 
@@ -126,7 +149,10 @@ class SealedTransport:
                 whole = pack_array(array) if array.nbytes > SMALL else Array(array).data
                 packed[id(array)] = array_digest(array), whole
             digest, whole = packed[id(array)]
-            seal = Seal(kind="request", sender=COORDINATOR, recipient=site, nonce=nonce, time=self.clock())
+            now = self.clock()
+            seal = Seal(
+                kind="request", sender=COORDINATOR, recipient=site, nonce=nonce, time=now, until=now + max(ttl_s, 1.0)
+            )
             seal = seal.signed(self.key, text, digest)
             record = _content(text, seal.text, whole)
             presence = self._sites[site]
@@ -136,6 +162,9 @@ class SealedTransport:
             return {}
         for site, message in zip(list(sent), self.grid.push_messages(messages), strict=True):
             sent[site].message = message or ""
+        self._look(0.0)  # Pushing much takes long, and idle sites ask all the time.
+        for site, one in sent.items():
+            one.pulls = self._sites[site]["pulls"]
         taken = {site: one for site, one in sent.items() if one.message}
         self.door.ring(list(taken))
         return taken
@@ -177,7 +206,3 @@ def _content(text: str, seal: str, array: ArrayRecord | bytes) -> RecordDict:
     if isinstance(array, bytes):
         return RecordDict({"header": ConfigRecord({"json": text, "seal": seal, "array": array})})
     return RecordDict({"header": ConfigRecord({"json": text, "seal": seal}), "vector": array})
-
-
-def _takes_long(request: Request) -> bool:
-    return not isinstance(request, Step) or request.ask is not None

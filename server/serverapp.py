@@ -33,6 +33,7 @@ class HttpDoor:
             base_url=f"http://127.0.0.1:{port}/v1/fedchorus/internal",
             headers={"authorization": f"Bearer {secret}"},
             timeout=60.0,
+            trust_env=False,  # A proxy of the environment is not for loopback.
         )
 
     def wait(self, since: int, timeout_s: float) -> tuple[int, dict[str, dict[str, Any]]]:

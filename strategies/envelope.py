@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -27,13 +26,18 @@ _DOMAIN = b"fedchorus seal v1\0"
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """`sender` signed a message of `kind` for `recipient` at `time` (seconds since 1970, the sender's clock)."""
+    """`sender` signed a message of `kind` for `recipient` at `time` (seconds since 1970, the sender's clock).
+
+    It is to be believed `until` then: a request waits in a queue while its site is at work, and a large one is long on
+    its way.
+    """
 
     kind: Kind
     sender: str
     recipient: str
     nonce: str
     time: float
+    until: float
     signature: str = ""
 
     @property
@@ -90,6 +94,5 @@ def _is_well_formed(seal: Seal) -> bool:
         and seal.kind in ("request", "answer")
         and re.fullmatch("[0-9a-f]{64}", seal.nonce) is not None
         and re.fullmatch("[0-9a-f]{128}", seal.signature) is not None
-        and type(seal.time) is float
-        and math.isfinite(seal.time)
+        and all(type(moment) is float and 0 <= moment < 2**33 for moment in (seal.time, seal.until))
     )

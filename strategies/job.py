@@ -186,7 +186,7 @@ class Cohort(Section):
     rate: Rate | None = None
     separation: Count | None = None
     minimum: Count | None = None
-    deadline_s: Positive | None = None
+    deadline_s: Annotated[float, Field(gt=0, le=7 * 24 * 3600)] | None = None
 
     @model_validator(mode="after")
     def _one_way_that_fits(self) -> Self:

@@ -67,7 +67,7 @@ class Parameters:
             vector = np.concatenate([array.astype(np.float32).ravel() for array in arrays.values()])
         except FileNotFoundError:
             raise RunError(f"{path}: no such model file") from None
-        except (SafetensorError, KeyError, ValueError, TypeError, OSError):
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError):
             raise RunError(f"{path}: not a model file of fedchorus (safetensors with an order)") from None
         return cls({name: tuple(array.shape) for name, array in arrays.items()}), vector
 

@@ -270,12 +270,13 @@ def test_own_code_runs_with_the_content_that_is_listed(history: History) -> None
     assert refused(own, request(job_with({"task": {"name": OWN}, "strategy": {"name": OWN}})), history) == ()
 
 
-def test_what_would_run_is_refused_before_any_of_it_does() -> None:
-    own, job = policy(tasks={"code": {OWN: HASH}}, purposes=["screening"]), job_with({"task": {"name": OWN}})
+def test_what_needs_no_data_is_refused_before_any_is_opened(history: History) -> None:
+    own = policy(tasks={"code": {OWN: HASH}}, purposes=["screening"], data={}, limits={"largest_model": 1})
+    asked = replace(request(job_with({"task": {"name": OWN}})), plan=SitePlan(0), code={OWN: OTHER})
     with pytest.raises(PolicyRefused) as caught:
-        own.check_code(job, {OWN: OTHER})
-    assert caught.value.clauses == ("tasks.code", "purposes")
-    policy(tasks={"code": {OWN: HASH}}).check_code(job, {OWN: HASH})
+        own.check_offer(asked, now=NOW, history=history)
+    assert caught.value.clauses == ("tasks.code", "purposes", "data.records", "limits.largest_model")
+    policy(tasks={"code": {OWN: HASH}}).check_offer(replace(asked, code={OWN: HASH}), now=NOW, history=history)
 
 
 def test_seeded_noise_in_a_plan_is_refused_whatever_the_job_says(history: History) -> None:

@@ -19,7 +19,7 @@ from strategies.parameters import Vector
 HEADER = '{"kind": "ask"}'
 ARRAY = np.array([0.5, -2.0, 4.0], np.float32)
 NONCE = "ab" * 32
-BLANK = Seal(kind="answer", sender="north", recipient=COORDINATOR, nonce=NONCE, time=1.0)
+BLANK = Seal(kind="answer", sender="north", recipient=COORDINATOR, nonce=NONCE, time=1.0, until=9.0)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def test_a_seal_for_another_purpose_sender_recipient_or_request_is_refused(
         sealed(key).check(key.public_hex, HEADER, array_digest(ARRAY), **{**expected(), name: other})
 
 
-@pytest.mark.parametrize("name", ["kind", "sender", "recipient", "nonce", "time"])
+@pytest.mark.parametrize("name", ["kind", "sender", "recipient", "nonce", "time", "until"])
 def test_every_field_is_under_the_signature(key: IdentityKey, name: str) -> None:
-    other: Any = {"kind": "request", "sender": "south", "recipient": "south", "nonce": "cd" * 32, "time": 2.0}[name]
+    other: Any = {"kind": "request", "sender": "south", "recipient": "south", "nonce": "cd" * 32}.get(name, 2.0)
     with pytest.raises(Refused, match="signature"):
         replace(sealed(key), **{name: other}).check(key.public_hex, HEADER, array_digest(ARRAY))
 
@@ -100,6 +100,9 @@ GOOD = json.loads(BLANK.text) | {"signature": "12" * 64}
         {"time": 1},
         {"time": "1.0"},
         {"time": float("nan")},
+        {"until": float("inf")},
+        {"until": -1.0},
+        {"until": None},
         {"sender": 3},
         {"recipient": None},
         {"more": 1},
