@@ -1,19 +1,19 @@
-"""The `fedchorus` command: composes the command groups, and turns errors that a person can mend into one line."""
+"""The `fedchorus` command: composes the command groups, and turns errors that a person can mend into one line.
+
+Only what is installed beside this file is composed: a site has no server's commands, a coordinator no client's, an
+auditor neither (docker/Dockerfile makes such installations).
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-import client.commands
-import client.enrol_commands
 import privacy.commands
-import server.commands
-import server.enrol_commands
-import simulations.commands
-from privacy.errors import FedchorusError
+from privacy.errors import FedchorusError, RunError
 
 if TYPE_CHECKING:
     from strategies.job import Job
@@ -31,16 +31,37 @@ app = typer.Typer(
 
 
 def _initial_parameters(job: Job) -> tuple[Parameters, Vector]:
+    if not _is_installed("client"):
+        raise RunError(
+            "there are no tasks in this installation, so it cannot make a job's first model: name one with --model, "
+            "or do this where all of fedchorus is installed"
+        )
     from client.initial import initial_parameters
 
     return initial_parameters(job)
 
 
-simulations.commands.add_to(app)
-server.enrol_commands.add_to(app)
-client.enrol_commands.add_to(app)
-server.commands.add_to(app, build_model=_initial_parameters)
-client.commands.add_to(app)
+def _is_installed(package: str) -> bool:
+    # Not importlib.util.find_spec: these names are common, and another's `client` must not pass for ours.
+    return (Path(__file__).parent / package / "commands.py").exists()
+
+
+if _is_installed("simulations"):
+    import simulations.commands
+
+    simulations.commands.add_to(app)
+if _is_installed("server"):
+    import server.commands
+    import server.enrol_commands
+
+    server.enrol_commands.add_to(app)
+    server.commands.add_to(app, build_model=_initial_parameters)
+if _is_installed("client"):
+    import client.commands
+    import client.enrol_commands
+
+    client.enrol_commands.add_to(app)
+    client.commands.add_to(app)
 privacy.commands.add_to(app)
 
 # What the smaller installations lack, and the extra that has it.

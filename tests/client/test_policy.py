@@ -272,12 +272,14 @@ def test_own_code_runs_with_the_content_that_is_listed(history: History) -> None
 
 
 def test_what_needs_no_data_is_refused_before_any_is_opened(history: History) -> None:
-    own = policy(tasks={"code": {OWN: HASH}}, purposes=["screening"], data={}, limits={"largest_model": 1})
-    asked = replace(request(job_with({"task": {"name": OWN}})), plan=SitePlan(0), code={OWN: OTHER})
+    own = policy(tasks={"code": {OWN: HASH}}, purposes=["screening"], limits={"largest_model": 1})
+    job = job_with({"task": {"name": OWN}, "data": {"dataset": "other"}})
+    asked = replace(request(job), plan=SitePlan(0), code={OWN: OTHER})
     with pytest.raises(PolicyRefused) as caught:
         own.check_offer(asked, now=NOW, history=history)
-    assert caught.value.clauses == ("tasks.code", "purposes", "data.records", "limits.largest_model")
-    policy(tasks={"code": {OWN: HASH}}).check_offer(replace(asked, code={OWN: HASH}), now=NOW, history=history)
+    assert caught.value.clauses == ("tasks.code", "purposes", "data.other", "limits.largest_model")
+    good = replace(asked, job=job_with({"task": {"name": OWN}}), code={OWN: HASH})
+    policy(tasks={"code": {OWN: HASH}}).check_offer(good, now=NOW, history=history)
 
 
 def test_seeded_noise_in_a_plan_is_refused_whatever_the_job_says(history: History) -> None:
