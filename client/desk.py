@@ -24,7 +24,7 @@ from client.secure import Stopwatch
 from client.seen import SeenNonces
 from client.settings import Settings, SiteFolder
 from client.site import Files, Seat, Site, SitePlan
-from client.trainer_process import TrainerProcess
+from client.trainer_process import Opened, TrainerProcess
 from privacy.budget import SiteBudget
 from privacy.enrolment import Invitation
 from privacy.errors import DataError, FedchorusError, Refused
@@ -62,6 +62,27 @@ PRIVATE = ("keys", "state", "ledgers")  # What the trainer must not see.
 MOST_PATIENCE_S = 7 * 24 * 3600.0
 MOST_REPEATS = 60  # Of rounds, in a job that no ledger holds to its plan.
 DEADLINE_S = 3600.0  # For training once, where the job says nothing.
+
+
+def plan_of(job: Job, opened: Opened, *, sites: int, site: str) -> tuple[SitePlan, SecureSum | None]:
+    """What a job will do and cost at `site`, with the data that its trainer opened; its secure sum, if it has one.
+
+    Raises `JobError` for what cannot be protected, `BudgetExceeded` for what exceeds the job's own limits.
+    """
+    sizes, secure = opened.parameters.sizes, None
+    if job.secure_aggregation is not None:
+        layout = layout_for(job, opened.parameters.size)
+        secure = SecureSum.make(job, sites=sites, layout=layout, layers=sizes, most_rows=opened.rows)
+    plan = SitePlan.make(
+        job,
+        rows=opened.rows,
+        parameters=opened.parameters.size,
+        rng=OsNoise.kind,
+        site=site,
+        layers=sizes,
+        secure=secure,
+    )
+    return plan, secure
 
 
 @dataclass
@@ -206,19 +227,7 @@ class Desk:
         opened = trainer.open(job, self.name)
         if (opened.parameters.size, opened.parameters.digest) != (offer.parameters, offer.shapes):
             raise Refused("the offered model has other arrays than the task builds here")
-        layout, secure = layout_for(job, opened.parameters.size), None
-        if job.secure_aggregation is not None:
-            sizes, members = opened.parameters.sizes, len(self.roster.members)
-            secure = SecureSum.make(job, sites=members, layout=layout, layers=sizes, most_rows=opened.rows)
-        plan = SitePlan.make(
-            job,
-            rows=opened.rows,
-            parameters=opened.parameters.size,
-            rng=OsNoise.kind,
-            site=self.name,
-            layers=opened.parameters.sizes,
-            secure=secure,
-        )
+        plan, secure = plan_of(job, opened, sites=len(self.roster.members), site=self.name)
         ledger = Ledger(self.folder.ledger(job.data.dataset), self.name, self.identity)
         ledger.refresh()
         request = replace(request, parameters=opened.parameters.size, plan=plan)
@@ -237,7 +246,7 @@ class Desk:
             self.name,
             job=job,
             plan=plan,
-            layout=layout,
+            layout=layout_for(job, opened.parameters.size),
             train=trainer.train,
             guard_noise=lambda _: self._noise,
             files=files,

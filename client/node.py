@@ -229,7 +229,7 @@ def _checked(answer: httpx.Response) -> dict[str, object]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    log = Logbook(f"client {folder.name}", folder / "log.jsonl")
+    log = Logbook(f"client {_name_of(folder)}", folder / "log.jsonl")
     passphrase = sys.stdin.buffer.readline().rstrip(b"\n") or None
     end_with_parent()
     try:
@@ -251,6 +251,13 @@ def main() -> None:
         sys.exit(NEEDS_A_PERSON)
     log.info("stopped")
     sys.exit(STOPPED)
+
+
+def _name_of(folder: Path) -> str:
+    try:
+        return Settings.load(folder).name
+    except FedchorusError:  # Which is said in a moment.
+        return folder.name
 
 
 if __name__ == "__main__":
