@@ -39,7 +39,7 @@ def client(folder: Folder, passphrase_file: PassphraseFile = None, verbose: Verb
 def doctor(
     folder: Folder,
     job: Annotated[
-        Path | None, typer.Option(help="Try this job here, too: its code, its data, the policy.", metavar="JOB.toml")
+        Path | None, typer.Option(help="Try this job here, too: its terms, its data, its cost.", metavar="JOB.toml")
     ] = None,
     passphrase_file: PassphraseFile = None,
     as_json: AsJson = False,

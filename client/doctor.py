@@ -470,9 +470,9 @@ class _Examination:
         sites = len(self.roster.members)
         tried = Rehearsal(job, self.files, settings, policy, invitation, sites, entries, self.now)
         for what, step, fix in (
-            ("code", tried.code, f"`fedchorus content {path}` prints what policy.toml would have to say"),
+            ("terms", tried.terms, f"change policy.toml if you want this job (`fedchorus content {path}` helps)"),
             ("data", tried.data, "mend the data, or ask whoever wrote the job to describe them as they are"),
-            ("rules", tried.rules, "change policy.toml if you want this job, or ask for another one"),
+            ("cost", tried.cost, "change policy.toml if you want this job, or ask for one that costs less"),
         ):
             try:
                 self.ok(f"job's {what}", step())

@@ -46,6 +46,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -234,6 +235,8 @@ def _explained() -> Iterator[None]:
         raise RunOver("a part of a message is gone: its run is over") from None
     except ValueError:
         raise Unreachable("what the server answers is not Flower's; compare the versions at both ends") from None
+    except ObjectPushError:
+        raise Unreachable("the server did not take a part of an answer: it is busy") from None
     except httpx.TransportError as error:
         text = str(error)
         if "verify failed" in text.lower():

@@ -8,8 +8,10 @@ from datetime import datetime
 
 from client.content import content_of
 from client.desk import PRIVATE, plan_of
+from client.history import History
 from client.policy import JobRequest, Policy
 from client.settings import Settings, SiteFolder
+from client.site import SitePlan
 from client.trainer_process import Opened, TrainerProcess
 from privacy.enrolment import Invitation
 from privacy.errors import DataError
@@ -65,8 +67,17 @@ class Rehearsal:
     def cost(self) -> str:
         """Hold the job, with what it would cost, to the whole policy and the budget."""
         assert self._opened is not None, "open the data first"
-        job = self.job
-        plan, _ = plan_of(job, self._opened, sites=self.sites, site=self.settings.name)
+        plan, _ = plan_of(self.job, self._opened, sites=self.sites, site=self.settings.name)
+        request = self._request(parameters=self._opened.parameters.size, plan=plan)
+        self.policy.check(request, ledger=self.ledger, now=self.now, history=self._history)
+        return "the policy and the budget admit it, once it has the approvals that it needs"
+
+    @property
+    def _history(self) -> History:
+        return History(self.folder.state / "history.jsonl")
+
+    def _request(self, *, parameters: int, plan: SitePlan) -> JobRequest:
+        """The job as it would be offered, signed by every approver: whether they will is not known here."""
         approvers = frozenset(self.invitation.approvers.values())
         return JobRequest(
             job=self.job,
