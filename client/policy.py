@@ -48,11 +48,6 @@ class Policy(PolicyFile):
         if violations:
             raise PolicyRefused(f"job {request.job.hash[:12]}", violations)
 
-    def check_code(self, job: Job, code: Mapping[str, str]) -> None:
-        """Refuse what a job would run. `code` as in `JobRequest`. Raises `PolicyRefused`."""
-        if violations := list(self._what_runs(job, code)):
-            raise PolicyRefused(f"job {job.hash[:12]}", violations)
-
     def check_offer(self, request: JobRequest, *, now: datetime, history: History) -> None:
         """Refuse whatever can be refused before the job's code runs and its data are opened: all but its cost.
 
