@@ -32,7 +32,7 @@ from privacy.secagg.roster import Roster
 from privacy.supervisor import NEEDS_A_PERSON, STOPPED, end_with_parent, only_one
 from strategies.messages import MalformedMessage
 
-LONGEST_S = 15.0  # Between two attempts to reach the server.
+LONGEST_S = 5.0  # Between two attempts to reach the server.
 RENEW_BEFORE = 1 / 3  # Of a certificate's life.
 
 

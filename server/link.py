@@ -33,6 +33,7 @@ from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy import Engine, event
 
 from privacy.errors import RunError
 
@@ -84,6 +85,8 @@ class Link:
     ) -> None:
         self._flower = create_app(_settings(database, control, notes), SuperLinkLifespan)
         self._state = self._flower.state.linkstate_factory.state()
+        for store in (self._state, self._state.object_store):
+            _let_writers_wait(store._engine)
         self._site_of = site_of
         self._presence: dict[str, Presence] = {}
         self._seen: dict[str, float] = {}
@@ -228,6 +231,16 @@ class Link:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+
+def _let_writers_wait(engine: Engine) -> None:
+    """Let writers wait for one another for a minute: after Flower's 5 seconds, many sites on a busy disk get errors."""
+
+    @event.listens_for(engine, "connect")
+    def wait_longer(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA busy_timeout = 60000")
+
+    engine.dispose()  # Connections that were opened before.
 
 
 def _settings(
