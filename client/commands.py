@@ -26,11 +26,17 @@ def add_to(app: typer.Typer) -> None:
 def client(folder: Folder, passphrase_file: PassphraseFile = None, verbose: Verbose = False) -> None:
     """Run this site: connect to the coordinator, answer what the policy allows, go on after every crash."""
     from client.settings import Settings
+    from privacy.errors import FedchorusError
     from privacy.keys import read_passphrase
     from privacy.logbook import Logbook
-    from privacy.supervisor import keep_alive
+    from privacy.supervisor import NEEDS_A_PERSON, keep_alive
 
-    site = Settings.load(folder).name
+    try:
+        site = Settings.load(folder).name
+    except FedchorusError as error:
+        # Not 1: a service manager starts again what ended so, and only a person can mend this.
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(NEEDS_A_PERSON) from None
     secret = read_passphrase(passphrase_file) or b""
     log = Logbook(f"client {site}", folder / "log.jsonl")
     raise typer.Exit(keep_alive([sys.executable, "-m", "client.node", str(folder)], log=log, secret=secret))

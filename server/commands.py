@@ -105,12 +105,18 @@ def server(
     verbose: Verbose = False,
 ) -> None:
     """Run the coordinator: sites connect to it, operators submit to it; it goes on after every crash."""
+    from privacy.errors import FedchorusError
     from privacy.keys import read_passphrase
     from privacy.logbook import Logbook
-    from privacy.supervisor import keep_alive
+    from privacy.supervisor import NEEDS_A_PERSON, keep_alive
     from server.provision import ServerSettings
 
-    settings = ServerSettings.load(folder)
+    try:
+        settings = ServerSettings.load(folder)
+    except FedchorusError as error:
+        # Not 1: a service manager starts again what ended so, and only a person can mend this.
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(NEEDS_A_PERSON) from None
     secret = read_passphrase(passphrase_file) or b""
     log = Logbook("server", folder / "log.jsonl")
     log.info("starts", federation=settings.federation, listen=settings.listen)
