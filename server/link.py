@@ -45,16 +45,18 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 WAIT_S = 20.0  # A question waits no longer, so that a dead connection is noticed; clients give up after 30.
 SILENT_S = 45.0  # A site that is alive sends a heartbeat every 25 seconds or so.
 PULL, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/activate-node"
-DEACTIVATE = "/v1/fleet/deactivate-node"
+DEACTIVATE, PUSH = "/v1/fleet/deactivate-node", "/v1/fleet/push-messages"
 
 
 @dataclass
 class Presence:
-    """What the link knows of one site: its Flower node, and how often it began (`activations`) and asked (`pulls`)."""
+    """What the link knows of one site: its Flower node, how often it began (`activations`) and asked (`pulls`), and how
+    many answers of it are here whole (`answers`)."""
 
     node: int
     activations: int = 0
     pulls: int = 0
+    answers: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Link:
         self._site_of = site_of
         self._presence: dict[str, Presence] = {}
         self._seen: dict[str, float] = {}
+        self._coming: dict[str, int] = {}  # Answers that began to come, of sites that have not asked again since.
         self._bells: dict[str, asyncio.Semaphore] = {}
         self._version = 0
         self._changed: asyncio.Event | None = None
@@ -162,13 +165,16 @@ class Link:
             await self._activate(site, scope, receive, send)
         else:
             self._seen[site] = time.monotonic()
+            if scope["path"] == PUSH:
+                self._coming[site] = self._coming.get(site, 0) + 1
             await self._flower(scope, receive, send)
             if scope["path"] == DEACTIVATE:
                 self._gone(site)
 
     async def _pull(self, site: str, scope: Scope, receive: Receive, send: Send) -> None:
         self._seen[site] = time.monotonic()
-        self._change(site, pulls=self._presence[site].pulls + 1)
+        presence = self._presence[site]
+        self._change(site, pulls=presence.pulls + 1, answers=presence.answers + self._coming.pop(site, 0))
         question = [await receive()]
         while question[-1].get("more_body"):
             question.append(await receive())
@@ -214,6 +220,7 @@ class Link:
         if status == 200:
             self._seen[site] = time.monotonic()
             self._bells[site] = asyncio.Semaphore(1)  # One look for what may have come before.
+            self._coming.pop(site, None)  # What it was sending when it was killed will never be whole.
             self._change(site, activations=self._presence[site].activations + 1)
 
     def _bell(self, site: str) -> asyncio.Semaphore:

@@ -62,6 +62,7 @@ class _Sent:
     message: str
     activations: int
     pulls: int
+    answers: int
     tries: int = 1
 
 
@@ -100,9 +101,9 @@ class SealedTransport:
         if all(isinstance(request, Step) and request.stage == "forget" for request in there.values()):
             return  # Nobody waits for those who may be gone.
         deadline = time.monotonic() + wait_s
-        ready = set(waiting)
         while waiting and (left := deadline - time.monotonic()) > 0:
-            for site, answer in self._answers({site: waiting[site] for site in ready if site in waiting}):
+            ready = {site: sent for site, sent in waiting.items() if self._has_answered(site, sent)}
+            for site, answer in self._answers(ready):
                 if waiting.pop(site, None) is not None:
                     yield site, answer
             for site in [site for site in waiting if self._is_lost(site, waiting[site])]:
@@ -120,10 +121,7 @@ class SealedTransport:
                 yield site, Failure(site, "went away", silent=True)
             if not waiting:
                 return
-            before = {site: self._sites[site]["pulls"] for site in waiting}
             self._look(min(left, 2.0))
-            changed = {site for site in waiting if self._sites[site]["pulls"] != before[site]}
-            ready = changed or set(waiting)
         for site in waiting:
             yield site, Failure(site, "no answer in time", silent=True)
 
@@ -157,7 +155,9 @@ class SealedTransport:
             record = _content(text, seal.text, whole)
             presence = self._sites[site]
             messages.append(Message(record, presence["node"], FLEET, ttl=max(ttl_s, 1.0)))
-            sent[site] = _Sent(request, seal, "", presence["activations"], presence["pulls"], tries)
+            sent[site] = _Sent(
+                request, seal, "", presence["activations"], presence["pulls"], presence["answers"], tries
+            )
         if not messages:
             return {}
         for site, message in zip(list(sent), self.grid.push_messages(messages), strict=True):
@@ -168,6 +168,12 @@ class SealedTransport:
         taken = {site: one for site, one in sent.items() if one.message}
         self.door.ring(list(taken))
         return taken
+
+    def _has_answered(self, site: str, sent: _Sent) -> bool:
+        """Whether an answer is there, whole: Flower would wait for minutes for the rest of one that was cut off."""
+        presence = self._sites[site]
+        whole: bool = presence["answers"] > sent.answers and presence["activations"] == sent.activations
+        return whole
 
     def _is_lost(self, site: str, sent: _Sent) -> bool:
         presence = self._sites[site]

@@ -131,6 +131,7 @@ class Hospital:
     desk: Desk = field(init=False)
     activations: int = 1
     pulls: int = 1
+    answers: int = 0
     online: bool = True
 
     def __post_init__(self) -> None:
@@ -184,7 +185,7 @@ class Mail:
     # ... and of the door.
     def wait(self, since: int, timeout_s: float) -> tuple[int, dict[str, dict[str, Any]]]:
         self.version += 1
-        keys = ("activations", "pulls", "online")
+        keys = ("activations", "pulls", "answers", "online")
         nodes = {name: number for number, name in enumerate(self.sites, start=10)}
         return self.version, {
             name: {"node": nodes[name], **{key: getattr(site, key) for key in keys}}
@@ -212,6 +213,7 @@ class Mail:
         else:
             reply = Message(Error(1, "this site gives no answer"), reply_to=message)
         self.answers[message.metadata.message_id] = reply
+        site.answers += 1
 
 
 def answered(desk: Desk, content: RecordDict) -> RecordDict | FedchorusError:

@@ -12,7 +12,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 
 import server.link
-from server.link import ACTIVATE, DEACTIVATE, PULL, Link
+from server.link import ACTIVATE, DEACTIVATE, PULL, PUSH, Link
 
 KEY = public_key_to_bytes(ec.generate_private_key(ec.SECP256R1()).public_key())
 
@@ -50,6 +50,7 @@ def link(real: Link, monkeypatch: pytest.MonkeyPatch) -> Link:
     monkeypatch.setattr(real, "_flower", Flower())
     monkeypatch.setattr(real, "_bells", {})
     monkeypatch.setattr(real, "_seen", {})
+    monkeypatch.setattr(real, "_coming", {})
     monkeypatch.setattr(real, "_changed", None)
     return real
 
@@ -150,6 +151,22 @@ def test_waiting_for_news_ends_with_the_sites_next_question(link: Link) -> None:
         number, after = await news
         assert number != version
         assert after["north"]["pulls"] == before["north"]["pulls"] + 1
+
+    run(test)
+
+
+def test_an_answer_is_whole_when_its_site_asks_again_and_never_after_it_was_killed(link: Link) -> None:
+    async def test() -> None:
+        await call(link, ACTIVATE)
+        before = link.sites()["north"]["answers"]
+        await call(link, PUSH)
+        assert link.sites()["north"]["answers"] == before
+        await call(link, PULL)
+        assert link.sites()["north"]["answers"] == before + 1
+        await call(link, PUSH)
+        await call(link, ACTIVATE)
+        await call(link, PULL)
+        assert link.sites()["north"]["answers"] == before + 1
 
     run(test)
 
