@@ -16,7 +16,7 @@ from tests.deployment.live import Live
 
 PORT = 9443
 MEMBERS = ("coordinator", *NAMES)
-pytestmark = pytest.mark.timeout(900)  # Half a minute of two processors' work: a busy machine takes its time.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ADDRESS = {name: f"10.77.{number}.1" for number, name in enumerate(MEMBERS)}
 
 
