@@ -6,7 +6,6 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -61,7 +60,8 @@ def end_with_parent() -> None:
     """End this process as soon as its standard input closes: whoever started it has died."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 4096):  # Not `sys.stdin`: a thread that holds its lock turns every exit into SIGABRT.
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()

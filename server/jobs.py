@@ -60,7 +60,8 @@ class JobFolder(RecordFolder):
     @property
     def job(self) -> Job:
         """Raises `RunError` when the file is no longer the one that was submitted."""
-        job = parse_job((self.path / "job.toml").read_text(encoding="utf-8"), where=str(self.path / "job.toml"))
+        text = (self.path / "job.toml").read_text(encoding="utf-8", errors="replace")  # Its hash tells.
+        job = parse_job(text, where=str(self.path / "job.toml"))
         if job.hash[:8] != self.id[-8:]:
             raise RunError(f"{self.path}: job.toml was changed after it was submitted; submit it as a new job")
         return job

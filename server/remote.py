@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -15,6 +16,7 @@ from privacy.errors import RunError
 from server.operators import Operator
 
 PIECE = 2**22
+ANOTHER = "what answers there is not fedchorus; check the address in the operator's file, and the network"
 KINDS = ("application/json", "application/octet-stream")  # Of what our API answers.
 
 
@@ -24,17 +26,19 @@ class Remote:
     def __init__(self, operator: Operator) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._address = operator.address
         try:
             context.load_verify_locations(cadata=operator.authority)
-        except ssl.SSLError:
-            raise RunError("the operator's file has no certificate of the federation; ask for a new one") from None
-        self._address = operator.address
-        self._client = httpx.Client(
-            base_url=f"https://{operator.address}/v1/fedchorus",
-            headers={"authorization": f"Bearer {operator.token}"},
-            verify=context,
-            timeout=60.0,
-        )
+            self._client = httpx.Client(
+                base_url=f"https://{operator.address}/v1/fedchorus",
+                headers={"authorization": f"Bearer {operator.token}"},
+                verify=context,
+                timeout=60.0,
+            )
+        except (ssl.SSLError, ValueError, TypeError, httpx.InvalidURL):
+            raise RunError(
+                "the operator's file is damaged (address, certificate or token); ask for a new one"
+            ) from None
 
     def __enter__(self) -> Self:
         return self
@@ -50,40 +54,50 @@ class Remote:
         for at in range(0, len(model), PIECE):
             self._call("PUT", f"/models/{digest}?at={at}", content=model[at : at + PIECE])
         record = {"toml": toml, "model": digest, "approvals": [list(pair) for pair in approvals]}
-        view: dict[str, Any] = self._call("POST", "/jobs", json=record).json()
+        view: dict[str, Any] = self._json("POST", "/jobs", json=record)
         return view
 
     def jobs(self) -> list[dict[str, Any]]:
-        views: list[dict[str, Any]] = self._call("GET", "/jobs").json()
+        views: list[dict[str, Any]] = self._json("GET", "/jobs")
         return views
 
     def job(self, name: str) -> dict[str, Any]:
-        view: dict[str, Any] = self._call("GET", f"/jobs/{name}").json()
+        view: dict[str, Any] = self._json("GET", f"/jobs/{_in_path(name)}")
         return view
 
     def sites(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._call("GET", "/sites").json()
+        found: dict[str, Any] = self._json("GET", "/sites")
         return found
 
     def events(self, name: str, after: int) -> list[dict[str, Any]]:
-        events: list[dict[str, Any]] = self._call("GET", f"/jobs/{name}/events?after={after}").json()
+        events: list[dict[str, Any]] = self._json("GET", f"/jobs/{_in_path(name)}/events?after={after}")
         return events
 
     def stop(self, name: str) -> dict[str, Any]:
-        view: dict[str, Any] = self._call("POST", f"/jobs/{name}/stop").json()
+        view: dict[str, Any] = self._json("POST", f"/jobs/{_in_path(name)}/stop")
         return view
 
     def resume(self, name: str) -> dict[str, Any]:
-        view: dict[str, Any] = self._call("POST", f"/jobs/{name}/resume").json()
+        view: dict[str, Any] = self._json("POST", f"/jobs/{_in_path(name)}/resume")
         return view
 
     def fetch(self, name: str, path: Path) -> None:
         """Write the finished job's model to `path`, whole or not at all."""
         partial = path.with_name(f"{path.name}.partial")
-        with open(partial, "wb") as file:
-            while piece := self._call("GET", f"/jobs/{name}/model?at={file.tell()}").content:
-                file.write(piece)
-        partial.replace(path)
+        try:
+            with open(partial, "wb") as file:
+                while piece := self._call("GET", f"/jobs/{_in_path(name)}/model?at={file.tell()}").content:
+                    file.write(piece)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _json(self, method: str, path: str, **body: Any) -> Any:
+        answer = self._call(method, path, **body)
+        try:
+            return answer.json()
+        except (ValueError, RecursionError):
+            raise RunError(f"{self._address}: {ANOTHER}") from None
 
     def _call(self, method: str, path: str, **body: Any) -> httpx.Response:
         try:
@@ -97,6 +111,10 @@ class Remote:
             try:
                 said = str(answer.json()["error"])
             except (ValueError, KeyError, TypeError, RecursionError):
-                said = f"status {answer.status_code} without a word of fedchorus; is another program there?"
+                said = f"status {answer.status_code}: {ANOTHER}"
             raise RunError(f"{self._address}: {said}")
         return answer
+
+
+def _in_path(name: str) -> str:
+    return quote(name, safe="")

@@ -66,12 +66,21 @@ def simulate(
         watch.conclude(summary)
 
 
-def resume(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
-    """Continue a run that was interrupted, from its last finished round; what was spent stays spent."""
+def resume(
+    run: Annotated[str, typer.Argument(help="A run folder, or for an operator a job.", metavar="RUN | JOB")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Continue a run, or a federation's job, from its last finished round; what was spent stays spent."""
+    from server.commands import has_operator, resume_job
+
+    if not Path(run).exists() and has_operator():
+        resume_job(run, as_json=as_json)
+        return
     from simulations.simulate import resume_run
 
     with _watching(as_json) as watch:
-        watch.conclude(resume_run(run, watcher=watch.watcher))
+        watch.conclude(resume_run(Path(run), watcher=watch.watcher))
 
 
 def report(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
