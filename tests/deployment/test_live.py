@@ -22,7 +22,7 @@ from tests.deployment.federation import NAMES, deployed_job
 from tests.deployment.live import Live, free_port
 
 ROUNDS, EPSILON, DELTA = 3, 8.0, 1e-2
-pytestmark = pytest.mark.timeout(900)  # Half a minute of two processors' work: a busy machine takes its time.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)

@@ -288,7 +288,9 @@ def _documents(thorax: Thorax, folder: Path) -> dict[str, Decoder]:
             (confuse_json,),
             share=0.4,
         ),
-        "certificate of a call": Decoder(peer_of, tuple(ders), (Refused,), ("privacy.authority.peer_of",)),
+        "certificate of a call": Decoder(
+            peer_of, tuple(ders), (Refused,), ("privacy.authority.peer_of",), (_other_version,)
+        ),
         "certificate in a file": Decoder(
             lambda data: peer_of_pem(data, authority=authority),
             tuple(certificates),
@@ -351,11 +353,17 @@ def _signed_again(kind: type[Invitation | EnrolmentRequest | Kit], key: Identity
     return mutate
 
 
+def _other_version(data: bytes, rng: random.Random) -> bytes:
+    """A certificate of a version that there is not, or is not any more."""
+    version = b"\xa0\x03\x02\x01"
+    return data.replace(version + b"\x02", version + bytes([rng.choice((0, 1, 3, 127, 255))]))
+
+
 def _other_pem(ders: list[bytes], kind: str) -> Mutate:
     """A PEM file whose content was changed beneath its base64."""
 
     def mutate(data: bytes, rng: random.Random) -> bytes:
-        der = rng.choice((flip, flip, claim, cut))(rng.choice(ders), rng)
+        der = rng.choice((flip, flip, claim, cut, _other_version))(rng.choice(ders), rng)
         der = splice(der, rng.choice(ders), rng) if rng.random() < 0.1 else der
         return f"-----BEGIN {kind}-----\n{base64.encodebytes(der).decode()}-----END {kind}-----\n".encode()
 
