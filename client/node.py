@@ -32,7 +32,7 @@ from privacy.secagg.roster import Roster
 from privacy.supervisor import NEEDS_A_PERSON, STOPPED, end_with_parent, only_one
 from strategies.messages import MalformedMessage
 
-LONGEST_S = 5.0  # Between two attempts to reach the server.
+FIRST_S, LONGEST_S = 0.5, 5.0  # Between two attempts to reach the server.
 RENEW_BEFORE = 1 / 3  # Of a certificate's life.
 
 
@@ -50,23 +50,22 @@ class Node:
         self._roster = self._own_roster()
         self.status = Status(self.settings.name)
         self._stopping = threading.Event()
+        self._pause_s = FIRST_S
         self._desk: Desk | None = None
 
     def run(self) -> None:
         """Connect and answer until `stop`, whatever happens to the network or the server."""
         health = HealthServer(self.settings.health.listen, self.status) if self.settings.health.listen else None
-        pause = 0.5
         try:
             while not self._stopping.is_set():
                 try:
                     self._session()
-                    pause = 0.5
                 except (FedchorusError, httpx.HTTPError, OSError) as error:
                     why = str(error) or type(error).__name__
                     self.status.say("waiting", why)
-                    self.log.warning("no connection to the coordinator", why=why, again_in_s=round(pause, 1))
-                    self._stopping.wait(pause)
-                    pause = min(pause * 2, LONGEST_S)
+                    self.log.warning("no connection to the coordinator", why=why, again_in_s=round(self._pause_s, 1))
+                    self._stopping.wait(self._pause_s)
+                    self._pause_s = min(self._pause_s * 2, LONGEST_S)
         finally:
             if self._desk is not None:
                 self._desk.close()
@@ -86,6 +85,7 @@ class Node:
         link = FleetLink(self.settings.server, context=self._context(), key=self._tls)
         try:
             link.activate()
+            self._pause_s = FIRST_S
             self.status.say("connected")
             self.log.info("connected", server=self.settings.server, roster=self._roster.hash)
             self._desk = self._desk or Desk(

@@ -169,9 +169,9 @@ def stop(job: JobName, operator: OperatorFile = None, as_json: AsJson = False, v
     typer.echo(json.dumps(view) if as_json else f"{view['id']}: is asked to stop")
 
 
-def resume_job(job: str, *, as_json: bool) -> None:
+def resume_job(job: str, *, operator: Path | None = None, as_json: bool) -> None:
     """Go on with a job that was stopped or needs a person, from its last round."""
-    with _remote(None) as remote:
+    with _remote(operator) as remote:
         view = remote.resume(job)
     typer.echo(json.dumps(view) if as_json else _line(view))
 
@@ -194,9 +194,15 @@ def has_operator() -> bool:
 
 
 def _remote(operator: Path | None) -> Remote:
+    from privacy.errors import RunError
     from server.operators import Operator
     from server.remote import Remote
 
+    if operator is None and not has_operator():
+        raise RunError(
+            f"no operator's file: give --operator FILE, or set {OPERATOR_VARIABLE}; the coordinator makes one with "
+            "`fedchorus token`"
+        )
     return Remote(Operator.load(operator or Path(os.environ.get(OPERATOR_VARIABLE, "operator.json"))))
 
 

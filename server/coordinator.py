@@ -130,6 +130,7 @@ class Coordinator:
     def stop(self) -> None:
         """End soon, from any thread: what runs can be resumed, and is when the server starts again."""
         self._stopping.set()
+        self._link.let_go()
         self._listeners.stop()
 
     # -- jobs ----------------------------------------------------------------------------------------------------------

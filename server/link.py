@@ -96,6 +96,8 @@ class Link:
         self._bells: dict[str, asyncio.Semaphore] = {}
         self._version = 0
         self._changed: asyncio.Event | None = None
+        self._held: set[asyncio.Future[None]] = set()
+        self._closing = False
         self.enrol(sites)
 
     def enrol(self, sites: Mapping[str, bytes]) -> None:
@@ -153,6 +155,12 @@ class Link:
             if site in self._presence:
                 self._bell(site).release()
 
+    def let_go(self) -> None:
+        """Answer the questions that wait here, from any thread: the server is about to stop."""
+        self._closing = True
+        for question in list(self._held):
+            question.get_loop().call_soon_threadsafe(_done, question)
+
     # -- what the sites ask --------------------------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -194,16 +202,21 @@ class Link:
         When the time is up Flower says whether there is a message: a bell that was lost costs a wait, no message.
         """
         ringing, leaving = asyncio.ensure_future(bell.acquire()), asyncio.ensure_future(receive())
+        stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._held.add(stopping)
         try:
-            await asyncio.wait({ringing, leaving}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+            wait_s = 0.0 if self._closing else WAIT_S
+            awaited: set[asyncio.Future[Any]] = {ringing, leaving, stopping}
+            await asyncio.wait(awaited, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if leaving.done():
                 if ringing.done():
                     bell.release()
                 return False
             return True
         finally:
-            ringing.cancel()
-            leaving.cancel()
+            self._held.discard(stopping)
+            for waiting in (ringing, leaving, stopping):
+                waiting.cancel()
 
     async def _activate(self, site: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a site that was killed come back at once: to Flower it counts as online for another minute."""
@@ -238,6 +251,11 @@ class Link:
         if self._changed is not None:
             self._changed.set()
             self._changed = None
+
+
+def _done(question: asyncio.Future[None]) -> None:
+    if not question.done():
+        question.set_result(None)
 
 
 def _let_writers_wait(engine: Engine) -> None:

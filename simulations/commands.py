@@ -68,14 +68,15 @@ def simulate(
 
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder, or for an operator a job.", metavar="RUN | JOB")],
+    operator: Annotated[Path | None, typer.Option(help="Of a job: the operator's file.", metavar="FILE")] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a run, or a federation's job, from its last finished round; what was spent stays spent."""
     from server.commands import has_operator, resume_job
 
-    if not Path(run).exists() and has_operator():
-        resume_job(run, as_json=as_json)
+    if not Path(run).exists() and (operator is not None or has_operator()):
+        resume_job(run, operator=operator, as_json=as_json)
         return
     from simulations.simulate import resume_run
 

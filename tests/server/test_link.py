@@ -131,6 +131,21 @@ def test_one_who_leaves_while_waiting_takes_no_message_along(link: Link) -> None
     run(test)
 
 
+def test_a_server_that_stops_holds_no_question(real: Link, link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real, "_closing", False)
+
+    async def test() -> None:
+        await call(link, PULL)
+        asked = asyncio.create_task(call(link, PULL))
+        await settled()
+        assert not asked.done()
+        link.let_go()
+        assert await asked == 200
+        assert await call(link, PULL) == 200
+
+    run(test)
+
+
 def test_without_a_bell_flower_is_asked_when_the_time_is_up(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.link, "WAIT_S", 0.05)
 
