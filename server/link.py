@@ -14,7 +14,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +36,13 @@ from flwr.superlink.main import create_app
 from sqlalchemy import Engine, event
 
 from privacy.errors import RunError
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from server.listen import Receive, Scope, Send
+from server.spool import Spool
 
 WAIT_S = 20.0  # A question waits no longer, so that a dead connection is noticed; clients give up after 30.
 SILENT_S = 45.0  # A site that is alive sends a heartbeat every 25 seconds or so.
 PULL, ACTIVATE = "/v1/fleet/pull-messages", "/v1/fleet/activate-node"
+OBJECTS = ("/push-object", "/pull-object")  # Of sites and of our own processes: the only large bodies.
 DEACTIVATE, PUSH = "/v1/fleet/deactivate-node", "/v1/fleet/push-messages"
 
 
@@ -88,7 +86,8 @@ class Link:
         self._flower = create_app(_settings(database, control, notes), SuperLinkLifespan)
         self._state = self._flower.state.linkstate_factory.state()
         for store in (self._state, self._state.object_store):
-            _let_writers_wait(store._engine)
+            _tune(store._engine)
+        self._spool = Spool(database.parent)
         self._site_of = site_of
         self._presence: dict[str, Presence] = {}
         self._seen: dict[str, float] = {}
@@ -166,7 +165,7 @@ class Link:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         site = self._site_of(scope) if scope["type"] == "http" else None
         if site is None or site not in self._presence:
-            await self._flower(scope, receive, send)
+            await self._through(scope, receive, send)
         elif scope["path"] == PULL:
             await self._pull(site, scope, receive, send)
         elif scope["path"] == ACTIVATE:
@@ -175,9 +174,16 @@ class Link:
             self._seen[site] = time.monotonic()
             if scope["path"] == PUSH:
                 self._coming[site] = self._coming.get(site, 0) + 1
-            await self._flower(scope, receive, send)
+            await self._through(scope, receive, send)
             if scope["path"] == DEACTIVATE:
                 self._gone(site)
+
+    async def _through(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a call to Flower; those with large bodies when it is their turn."""
+        if scope["type"] == "http" and scope["path"].endswith(OBJECTS):
+            await self._spool(self._flower, scope, receive, send)
+        else:
+            await self._flower(scope, receive, send)
 
     async def _pull(self, site: str, scope: Scope, receive: Receive, send: Send) -> None:
         self._seen[site] = time.monotonic()
@@ -258,12 +264,17 @@ def _done(question: asyncio.Future[None]) -> None:
         question.set_result(None)
 
 
-def _let_writers_wait(engine: Engine) -> None:
-    """Let writers wait for one another for a minute: after Flower's 5 seconds, many sites on a busy disk get errors."""
+def _tune(engine: Engine) -> None:
+    """Let writers wait for one another for a minute, and each connection keep 2 MiB in memory.
+
+    After Flower's 5 seconds many sites on a busy disk get errors. Its cache, of 64 MiB for each connection, would hold
+    what was read once for one site.
+    """
 
     @event.listens_for(engine, "connect")
-    def wait_longer(connection: Any, _: object) -> None:
-        connection.execute("PRAGMA busy_timeout = 60000")
+    def tune(connection: Any, _: object) -> None:
+        for setting in ("busy_timeout = 60000", "cache_size = -2048", "mmap_size = 0"):
+            connection.execute(f"PRAGMA {setting}")
 
     engine.dispose()  # Connections that were opened before.
 

@@ -40,6 +40,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 _TICKS_PER_S = 10  # uvicorn's.
+_UNSENT_BYTES = 2**16  # Of an answer, before the application has to wait; TLS would have eight times as much.
 _GRACE_S = 10  # For requests under way when the server stops.
 _ERRORS = {
     400: "not a request of HTTP/1.1",
@@ -289,6 +290,7 @@ class _Connection(HttpToolsProtocol):
         # The kernel ends a connection whose answers nobody reads: TLS transports do not report theirs as unsent.
         unread_ms = round(self._limits.write_timeout_s * 1000)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unread_ms)
+        transport.set_write_buffer_limits(_UNSENT_BYTES)
         tls = transport.get_extra_info("ssl_object")
         certificate = tls.getpeercert(binary_form=True) if tls is not None else None
         self._caller = Caller(self._door.listener, certificate, self.client[0] if self.client else "")

@@ -241,3 +241,23 @@ def test_runs_that_a_killed_server_left_are_ended(real: Link) -> None:
     ticket = real.open_run()
     real.end_all_runs()
     assert real._state.get_task_by_token(ticket.token) is None
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/push-object", "/v1/runtime/push-object"])
+def test_an_object_reaches_flower_when_all_of_it_is_here(link: Link, path: str) -> None:
+    pieces = [b"first ", b"second"]
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None: ...
+
+    run(lambda: link({"type": "http", "path": path, "site": "north"}, receive, send))
+    assert flower(link).reached == [path + "first second"]
+
+
+def test_connections_to_the_database_keep_little_in_memory_and_wait_for_one_another(real: Link) -> None:
+    for store in (real._state, real._state.object_store):
+        with store._engine.connect() as connection:
+            found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("cache_size", "busy_timeout")]
+        assert found == [-2048, 60000]
