@@ -8,35 +8,44 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from client.encodings import Series, bags, lagged, lagged_names, pixels, windows
 from privacy.errors import DataError
 from privacy.ledger import SITE_NAME
 from strategies.job import Column, Data
 
+HELD_OUT = "\0held out"  # No file has a column of this name.
+
 
 @dataclass(frozen=True)
 class Records:
-    """Encoded rows: `features` (n, d) float32 and `target` (n,) int64, class numbers from 0.
+    """Encoded rows: `features` (n, d) float32 and `target`: (n,) int64 class numbers from 0, or what the task is for.
 
-    `kept` says of each row of the table that they came from whether it is here; None means all of them.
+    `kept` says of each row of the table that they came from whether it is here; None means all of them. `held_out` says
+    which rows are for testing, where that is laid down.
     """
 
     features: NDArray[np.float32]
-    target: NDArray[np.int64]
+    target: NDArray[Any]
     kept: NDArray[np.bool_] | None = None
+    held_out: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.target)
 
     def take(self, rows: NDArray[np.int64]) -> Records:
-        return Records(self.features[rows], self.target[rows])
+        return Records(
+            self.features[rows], self.target[rows], held_out=None if self.held_out is None else self.held_out[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -48,24 +57,52 @@ class SiteData:
 
 
 def class_count(data: Data) -> int:
+    """How many classes the target has; of a next character, the alphabet and one for all others; 0 of a number."""
+    if data.target_type in ("number", "time"):
+        return 0
+    if data.target_type == "next":
+        return len(data.columns[data.target].alphabet or "") + 1
     return len(data.classes) if data.classes is not None else 2
 
 
 def feature_names(data: Data) -> list[str]:
     """The encoded features in order: a category becomes one indicator for each value but the first."""
-    names: list[str] = []
+    names = lagged_names(data.target, data.forecast) if data.forecast is not None else []
     for name, column in data.columns.items():
-        names += [name] if column.type == "number" else [f"{name}={value}" for value in (column.values or [])[1:]]
+        if column.type == "category":
+            names += [f"{name}={value}" for value in (column.values or [])[1:]]
+        else:
+            parts = column.buckets or column.window or math.prod(column.shape or [1])
+            names += [name] if column.type in ("number", "id") else [f"{name}[{part}]" for part in range(parts)]
     return names
 
 
 def read_frame(path: Path, data: Data) -> pd.DataFrame:
-    """Read a CSV or Parquet file with the schema's columns, the target and the client key; all as text or numbers.
+    """Read a CSV, Parquet or .npz file with the schema's columns, the target and the client key.
 
-    Raises `DataError` for a missing or unreadable file or an absent column.
+    Values are text, numbers, or images of a .npz. Rows that `data.held_out` finds elsewhere follow, marked in the
+    column `HELD_OUT`. Raises `DataError` for a missing or unreadable file or an absent column.
+    """
+    frame = read_table(path, data)
+    require_columns(frame, data, where=str(path))
+    held = data.held_out
+    if held is None or held.column is not None:
+        return frame
+    other = path if held.path is None else path.parent / held.path
+    testing = read_table(other, data, names=held.arrays)
+    require_columns(testing, data, where=f"{other} (data.held_out)")
+    return pd.concat([frame.assign(**{HELD_OUT: False}), testing.assign(**{HELD_OUT: True})], ignore_index=True)
+
+
+def read_table(path: Path, data: Data, *, names: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Read a file whatever its columns are; of a .npz the arrays that the job names, or that `names` says for them.
+
+    Raises `DataError` for one that is missing or unreadable.
     """
     try:
-        if path.suffix in (".parquet", ".pq"):
+        if path.suffix == ".npz":
+            frame = _arrays(path, {name: (names or {}).get(name, name) for name in _wanted(data)})
+        elif path.suffix in (".parquet", ".pq"):
             frame = pd.read_parquet(path)
         else:
             frame = pd.read_csv(
@@ -76,6 +113,8 @@ def read_frame(path: Path, data: Data) -> pd.DataFrame:
                 keep_default_na=False,
                 dtype=str,
                 skipinitialspace=True,
+                # Spaces align columns: any number of them is one.
+                sep=r"\s+" if data.separator == " " else data.separator or ",",
             )
             # Of the first field of rows that have one more than the header pandas makes an index, and shifts the rest.
             if not isinstance(frame.index, pd.RangeIndex):
@@ -84,16 +123,25 @@ def read_frame(path: Path, data: Data) -> pd.DataFrame:
         raise DataError(f"{path}: no such data file (data.folder says where relative names start)") from None
     except IsADirectoryError:
         raise DataError(f"{path}: a folder, not a data file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         # The parser's text can quote the line it stumbled over, so only its kind is repeated.
         raise DataError(f"{path}: cannot be read as {path.suffix or 'CSV'} ({type(error).__name__})") from None
-    require_columns(frame, data, where=str(path))
     return frame
+
+
+def _arrays(path: Path, names: Mapping[str, str]) -> pd.DataFrame:
+    """A table of arrays of a .npz file, from a column's name to its array's: a cell is one image, or one number."""
+    with path.open("rb") as file:  # Opened here, as numpy leaves it open when it is no archive.
+        if not is_zipfile(file):
+            raise ValueError("not an archive")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as arrays:
+            return pd.DataFrame({name: list(arrays[own]) for name, own in names.items() if own in arrays.files})
 
 
 def require_columns(frame: pd.DataFrame, data: Data, *, where: str) -> None:
     """Raise `DataError`, with the nearest name, unless the schema's columns, target and client key are all there."""
-    for wanted in [*data.columns, data.target, *([data.client] if data.client else [])]:
+    for wanted in _wanted(data):
         if wanted not in frame.columns:
             close = difflib.get_close_matches(wanted, [str(name) for name in frame.columns], n=1)
             # The names are not listed: without the header that data.header promises, they are a record's values.
@@ -102,9 +150,21 @@ def require_columns(frame: pd.DataFrame, data: Data, *, where: str) -> None:
             raise DataError(f"{where}: {what} {wanted!r} is absent; {hint}")
 
 
-def site_frames(frame: pd.DataFrame, client: str, *, where: str) -> dict[str, pd.DataFrame]:
-    """Split a table by its natural client key; keys become names that are safe in a path."""
-    if frame[client].isna().any():
+def _wanted(data: Data) -> list[str]:
+    """The columns that the job names, each once."""
+    held, series = data.held_out, data.forecast
+    others = [held.column if held else None, *((series.time, series.series) if series else ())]
+    return list(
+        dict.fromkeys(n for n in [*data.columns, data.target, data.event, data.client, *others] if n is not None)
+    )
+
+
+def site_frames(frame: pd.DataFrame, client: str, *, where: str, drop: bool = False) -> dict[str, pd.DataFrame]:
+    """Split a table by its natural client key; keys become names that are safe in a path.
+
+    Rows without a key are refused, or with `drop` left out.
+    """
+    if not drop and frame[client].isna().any():
         raise DataError(
             f"{where}: column {client!r} (the client key) is missing in {int(frame[client].isna().sum())} rows"
         )
@@ -122,32 +182,49 @@ def site_frames(frame: pd.DataFrame, client: str, *, where: str) -> dict[str, pd
 def encode(frame: pd.DataFrame, data: Data, *, where: str) -> Records:
     """Check every column of `frame` against the schema and encode it.
 
-    A number with a range is clipped to it and mapped onto [-1, 1]: the constants are public, so no statistic of the
-    records enters. Raises `DataError`.
+    A number with a range is clipped to it and mapped onto [-1, 1], or standardised by the job's `mean` and `sd`, and
+    with on_missing = "fill" the job says what stands for a missing value: its constants are public, so no statistic of
+    these records enters. A missing target is never filled. Raises `DataError`.
     """
+    series = _series(frame, data, where) if data.forecast is not None else None
+    if series is not None:
+        frame = frame.iloc[series.rows]
     columns = {name: _parsed(frame[name], name, column, where) for name, column in data.columns.items()}
-    target = _target(frame[data.target], data, where)
-    complete = target.notna()
+    if data.on_missing == "fill":
+        columns = {name: _filled(values, data.columns[name]) for name, values in columns.items()}
+    target, known = (series.target, np.ones(len(frame), dtype=bool)) if series else _targets(frame, data, where)
+    complete = pd.Series(known, index=frame.index)
     for values in columns.values():
         complete &= values.notna()
     if not complete.all():
-        if data.on_missing == "refuse":
-            worst = max([*columns, data.target], key=lambda name: int(frame[name].isna().to_numpy().sum()))
+        if data.on_missing != "drop":
+            targets = [data.target, *([data.event] if data.event else [])]
+            names = [*columns, *targets] if data.on_missing == "refuse" else targets
+            worst = max(names, key=lambda name: int(frame[name].isna().to_numpy().sum()))
             raise DataError(
                 f"{where}: {int((~complete).sum())} of {len(frame)} rows have missing values "
                 f'(most in column {worst!r}); mend them or set data.on_missing = "drop"'
             )
-        target = target[complete]
+        target = target[complete.to_numpy()]
         columns = {name: values[complete] for name, values in columns.items()}
     if len(target) == 0:
         raise DataError(f"{where}: no rows" + (" left without missing values" if len(frame) else ""))
-    parts = [_encoded(columns[name], column) for name, column in data.columns.items()]
+    parts = [series.features[complete.to_numpy()]] if series else []
+    parts += [_encoded(columns[name], column) for name, column in data.columns.items()]
     features = np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32)
-    return Records(features, target.to_numpy(dtype=np.int64), None if complete.all() else complete.to_numpy())
+    held_out = series.held_out if series else held_out_rows(frame, data)
+    kept = complete.to_numpy()
+    return Records(
+        features,
+        target,
+        kept=None if kept.all() else kept,
+        held_out=None if held_out is None else held_out[kept],
+    )
 
 
 def split(records: Records, data: Data, *, site: str, stratify: bool = True) -> SiteData:
-    """Training and test rows by `data.test_fraction`.
+    """Training and test rows: as they are laid down, or by `data.test_fraction`. A site may have no row laid down to
+    test on.
 
     With `stratify`, by class where every class has more than two rows and fits. Without, by a row's position in the
     table alone: then no record decides whether another is trained on, which is what record-level privacy needs.
@@ -156,10 +233,18 @@ def split(records: Records, data: Data, *, site: str, stratify: bool = True) -> 
     """
     from sklearn.model_selection import train_test_split
 
-    counts = np.bincount(records.target, minlength=class_count(data))
+    classes = data.target_type in (None, "class")
+    # Without classes there are none to keep the shares of: all rows are alike.
+    counts = np.bincount(records.target, minlength=class_count(data)) if classes else np.array([len(records)])
+    if records.held_out is not None:
+        if records.held_out.all():
+            raise DataError(f"site {site}: all its rows are held out for testing: none is left to train on")
+        training, testing_rows = np.flatnonzero(~records.held_out), np.flatnonzero(records.held_out)
+        parts = SiteData(records.take(training), records.take(testing_rows))
+        return _standardised(parts) if data.scaling == "site" else parts
     if len(records) < 2:
         raise DataError(f"site {site}: {len(records)} row is too few to train and test on")
-    if np.count_nonzero(counts) < 2 and not data.allow_one_class:
+    if classes and np.count_nonzero(counts) < 2 and not data.allow_one_class:
         raise DataError(
             f"site {site}: all its rows are of one class, so it cannot learn to tell two apart; check "
             f"data.target ({data.target!r}), leave the site out, or set data.allow_one_class = true"
@@ -170,7 +255,7 @@ def split(records: Records, data: Data, *, site: str, stratify: bool = True) -> 
             f"site {site}: {len(records)} rows leave none to train on at data.test_fraction = {data.test_fraction:g}"
         )
     fits = min(testing, len(records) - testing) >= np.count_nonzero(counts)
-    by_class = stratify and fits and counts[counts > 0].min() > 2
+    by_class = stratify and classes and fits and counts[counts > 0].min() > 2
     kept = np.ones(len(records), dtype=bool) if stratify or records.kept is None else records.kept
     train, test = (
         np.sort(rows)
@@ -203,19 +288,111 @@ def _standardised(parts: SiteData) -> SiteData:
 
 
 def _parsed(values: pd.Series, name: str, column: Column, where: str) -> pd.Series:
-    if column.type == "number" or _numeric(column.values or []):
-        parsed = pd.to_numeric(values, errors="coerce").astype(float)
-        _refuse_rows(parsed.isna() & values.notna(), name, "not a number", where)
-        largest = np.finfo(np.float64 if column.range is not None else np.float32).max
-        _refuse_rows(parsed.abs() > largest, name, "not finite", where)
+    if column.type == "image":
+        return _images(values, name, column, where)
+    numeric = column.type == "category" and _numeric(column.values or [])
+    if column.type in ("number", "id") or numeric:
+        largest = float(np.finfo(np.float64 if column.range else np.float32).max)
+        parsed = _numbers(values, name, where, largest=largest)
     else:
         parsed = values.astype(object).where(values.isna(), values.astype(str))
+    if column.type == "id":
+        count = column.count or 0
+        wrong = parsed.notna() & ~(parsed.between(1, count) & (parsed == parsed.round()))
+        _refuse_rows(wrong, name, f"not a whole number from 1 to {count}", where)
     if column.type == "category":
-        allowed = [float(value) if _numeric(column.values or []) else str(value) for value in column.values or []]
+        allowed = [float(value) if numeric else str(value) for value in column.values or []]
         _refuse_rows(
             parsed.notna() & ~parsed.isin(allowed), name, f"not among the schema's {len(allowed)} values", where
         )
     return parsed
+
+
+def _numbers(values: pd.Series, name: str, where: str, *, largest: float, what: str = "not a number") -> pd.Series:
+    parsed: pd.Series = pd.to_numeric(values, errors="coerce").astype(float)
+    _refuse_rows(parsed.isna() & values.notna(), name, what, where)
+    _refuse_rows(parsed.abs() > largest, name, "not finite", where)
+    return parsed
+
+
+def _images(values: pd.Series, name: str, column: Column, where: str) -> pd.Series:
+    shapes = {tuple(column.shape or []), (*(column.shape or []), 1)}
+    wrong = [not (isinstance(v, np.ndarray) and v.dtype == np.uint8 and v.shape in shapes) for v in values]
+    shape = " x ".join(map(str, column.shape or []))
+    _refuse_rows(pd.Series(wrong, index=values.index), name, f"not an image of {shape} 8-bit numbers", where)
+    return values
+
+
+def _filled(values: pd.Series, column: Column) -> pd.Series:
+    assert column.fill is not None, "the job's schema was checked"
+    numeric = column.type == "number" or _numeric(column.values or [])
+    return values.where(values.notna(), float(column.fill) if numeric else str(column.fill))
+
+
+def _targets(frame: pd.DataFrame, data: Data, where: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """What is to be predicted of each row, and for which rows it is there."""
+    values = frame[data.target]
+    if data.target_type == "next":
+        texts = ["" if missing else str(text) for text, missing in zip(values, values.isna(), strict=True)]
+        return windows(texts, data.columns[data.target])[1], values.notna().to_numpy()
+    if data.target_type == "number":
+        numbers = _number_target(values, data, where)
+        return numbers.fillna(0.0).to_numpy(dtype=np.float32), numbers.notna().to_numpy()
+    if data.target_type == "time":
+        time, event = _number_target(values, data, where), _event(frame, data, where)
+        known = (time.notna() & event.notna()).to_numpy()
+        return np.stack([time.fillna(0.0), event.fillna(0.0)], axis=1).astype(np.float32), known
+    numbers = _target(values, data, where)
+    return numbers.fillna(0.0).to_numpy(dtype=np.int64), numbers.notna().to_numpy()
+
+
+def _number_target(values: pd.Series, data: Data, where: str) -> pd.Series:
+    largest = float(np.finfo(np.float32).max)
+    numbers = _numbers(values, data.target, where, largest=largest, what="not a number (data.target)")
+    if data.target_log:
+        _refuse_rows(numbers <= 0, data.target, "not above zero, as data.target_log needs", where)
+    if data.target_type == "time":
+        _refuse_rows(numbers < 0, data.target, "times below zero", where)
+    return numbers
+
+
+def _event(frame: pd.DataFrame, data: Data, where: str) -> pd.Series:
+    assert data.event is not None
+    event = _numbers(frame[data.event], data.event, where, largest=math.inf, what="not a number (data.event)")
+    _refuse_rows(event.notna() & ~event.isin([0, 1]), data.event, "neither 0 nor 1 (data.event)", where)
+    return event
+
+
+def held_out_rows(frame: pd.DataFrame, data: Data) -> NDArray[np.bool_] | None:
+    """(n,) bool: which rows are laid down for testing; None where none are."""
+    if HELD_OUT in frame.columns:
+        return frame[HELD_OUT].to_numpy(dtype=bool)
+    if data.held_out is None or data.held_out.column is None:
+        return None
+    return frame[data.held_out.column].astype(str).isin([str(v) for v in data.held_out.values or []]).to_numpy()
+
+
+def _series(frame: pd.DataFrame, data: Data, where: str) -> Series:
+    how = data.forecast
+    assert how is not None
+    values = _number_target(frame[data.target], data, where)
+    _refuse_rows(values.isna(), data.target, "missing: mend them, a forecast needs every period", where)
+    times = pd.Series(pd.NaT, index=frame.index, dtype="datetime64[s]")
+    for form in how.formats:
+        read = pd.to_datetime(frame[how.time].astype(str), format=form, errors="coerce")
+        times = times.fillna(read.astype("datetime64[s]"))
+    _refuse_rows(times.isna(), how.time, "not a time in one of data.forecast.formats", where)
+    names = frame[how.series].astype(str).to_numpy() if how.series is not None else np.full(len(frame), "")
+    low, high = data.target_range or (-1.0, 1.0)
+    return lagged(
+        times.to_numpy(),
+        values.to_numpy(dtype=float),
+        names.astype(np.str_),
+        how,
+        log=bool(data.target_log),
+        half_range=(high - low) / 2,
+        where=where,
+    )
 
 
 def _target(values: pd.Series, data: Data, where: str) -> pd.Series:
@@ -238,15 +415,26 @@ def _target(values: pd.Series, data: Data, where: str) -> pd.Series:
     return numbers.where(values.notna()).astype(float)
 
 
-def _encoded(values: pd.Series, column: Column) -> NDArray[np.float64]:
+def _encoded(values: pd.Series, column: Column) -> NDArray[np.floating[Any]]:
     if column.type == "category":
         numeric = _numeric(column.values or [])
         levels = [float(value) if numeric else str(value) for value in (column.values or [])[1:]]
         return np.stack([(values == level).to_numpy(dtype=float) for level in levels], axis=1)
+    if column.type == "text":
+        return bags(values.tolist(), column)
+    if column.type == "characters":
+        return windows(values.tolist(), column)[0]
+    if column.type == "image":
+        return pixels(values.tolist())
     numbers = values.to_numpy(dtype=float)
+    if column.type == "id":
+        numbers = numbers - 1
     if column.range is not None:
         low, high = column.range
-        numbers = (np.clip(numbers, low, high) - (low + high) / 2) / ((high - low) / 2)
+        centre, unit = (low + high) / 2, (high - low) / 2
+        if column.mean is not None and column.sd is not None:
+            centre, unit = column.mean, column.sd
+        numbers = (np.clip(numbers, low, high) - centre) / unit
     return numbers[:, None]
 
 

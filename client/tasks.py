@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client.networks import ImageNet, tabular
+from client.scores import f1, roc_auc
+from privacy.errors import JobError
 from strategies.catalogue import build, resolve
-from strategies.job import Job, TaskChoice
+from strategies.job import Data, Job, TaskChoice
 
 
 class Task(Protocol):
@@ -21,32 +24,34 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(B, ...) outputs, (B,) int64 targets -> (B,) float: each example's loss, not reduced."""
+        """(B, ...) outputs and targets, as the data encode them -> (B,) float: each example's loss, not reduced."""
         ...
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
-        """Each metric as (B,) per-example values whose mean is the metric; `loss` and `accuracy` are reported."""
+        """Each metric as (B,) per-example values whose mean is the metric; `loss` is one of them."""
+        ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """What a task may have besides: figures that are no mean, on all rows at once."""
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """(B, ...) outputs and targets on the CPU -> each figure; NaN where these rows do not define it."""
         ...
 
 
 class TabularClassification:
     """Two classes: one logit and the logistic loss; more: one logit each and the cross-entropy."""
 
-    def __init__(self, choice: TaskChoice) -> None:
-        self._hidden = list(choice.hidden) if choice.model == "mlp" else []
+    target_type = "class"
+    models: tuple[str, ...] = ("logistic-regression", "mlp", "resnet", "ft-transformer")
+
+    def __init__(self, choice: TaskChoice, data: Data | None = None) -> None:
+        self._choice, self._data = choice, data
 
     def model(self, features: int, classes: int) -> nn.Module:
-        layers: list[nn.Module] = []
-        width = features
-        for hidden in self._hidden:
-            layers += [nn.Linear(width, hidden), nn.ReLU()]
-            width = hidden
-        last = nn.Linear(width, 1 if classes == 2 else classes)
-        if not layers:
-            # Logistic regression is convex: it starts at zero, where no noise is spent on unlearning a random start.
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-        return nn.Sequential(*layers, last)
+        return tabular(self._choice, features, 1 if classes == 2 else classes)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.shape[-1] == 1:
@@ -59,14 +64,89 @@ class TabularClassification:
         predicted = (outputs.squeeze(-1) > 0).long() if outputs.shape[-1] == 1 else outputs.argmax(dim=-1)
         return {"loss": self.loss(outputs, targets), "accuracy": (predicted == targets).float()}
 
+    def scores(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+        """Of two classes the area under the ROC curve and F1; of more none."""
+        if outputs.shape[-1] != 1:
+            return {}
+        logits, positive = outputs.squeeze(-1).numpy(), targets.numpy() == 1
+        return {"auc": roc_auc(logits, positive), "f1": f1(logits > 0, positive)}
 
-TASKS: Mapping[str, str] = {"tabular-classification": "client.tasks:TabularClassification"}
+
+class TextClassification(TabularClassification):
+    """Classes of texts, which the data's `text` columns hash into bags of words."""
+
+    column_type = "text"
+
+
+class ImageClassification(TabularClassification):
+    """Classes of images: a convolutional network, or a plain one on the flat pixels."""
+
+    column_type = "image"
+    models = ("cnn", "logistic-regression", "mlp")
+
+    def model(self, features: int, classes: int) -> nn.Module:
+        if self._choice.model != "cnn":
+            return super().model(features, classes)
+        assert self._data is not None
+        (column,) = self._data.columns.values()
+        side, _, colours = [*(column.shape or []), 1][:3]
+        return ImageNet(side, colours, self._choice.hidden, 1 if classes == 2 else classes)
+
+
+TASKS: Mapping[str, str] = {
+    "tabular-classification": "client.tasks:TabularClassification",
+    "text-classification": "client.tasks:TextClassification",
+    "image-classification": "client.tasks:ImageClassification",
+    "tabular-regression": "client.regression:TabularRegression",
+    "forecast": "client.regression:Forecasting",
+    "recommendation": "client.regression:Recommendation",
+    "survival": "client.survival:Survival",
+    "next-character": "client.next_character:NextCharacter",
+    "statistics": "client.statistics_task:Statistics",
+}
 
 
 def task_for(job: Job) -> Task:
-    kind = resolve(job.task.name, TASKS, key="task.name")
-    task: Task = build(kind, ("model", "loss", "metrics"), job.task, key="task.name")
+    """The job's task. One that ships with fedchorus is told the public constants of the data too.
+
+    Raises `JobError` for a task that does not go with the job's data, model, loss or privacy.
+    """
+    name, data = job.task.name, job.data
+    kind = resolve(name, TASKS, key="task.name")
+    settings = {"data": data} if name in TASKS else {}
+    if name in TASKS:
+        _check_choice(kind, job)
+    task: Task = build(kind, ("model", "loss", "metrics"), job.task, key="task.name", **settings)
+    if getattr(task, "coupled", False) and job.privacy.record is not None:
+        raise JobError(
+            "task: its loss couples the records of a batch, so that no clipping bounds what one record does: with "
+            '[privacy.record] use a loss of one record at a time (of survival: task.loss = "discrete-time"), or '
+            "protect whole sites by [privacy.client]"
+        )
     return task
+
+
+def _check_choice(kind: Any, job: Job) -> None:
+    """Raise `JobError` unless the data and the settings of `[task]` are what a shipped task is for."""
+    choice, data = job.task, job.data
+    wanted = getattr(kind, "target_type", data.target_type or "class")
+    if wanted != (data.target_type or "class"):
+        raise JobError(f'task.name = "{choice.name}" needs data.target_type = "{wanted}"')
+    if choice.model not in getattr(kind, "models", (choice.model,)):
+        raise JobError(f'task.model = "{choice.model}" is not for {choice.name}; use one of {", ".join(kind.models)}')
+    losses = getattr(kind, "losses", ())
+    if choice.loss not in (None, *losses):
+        raise JobError(f'task.loss = "{choice.loss}" is not for {choice.name}; use {" or ".join(losses) or "none"}')
+    column = getattr(kind, "column_type", None)
+    types = {each.type for each in data.columns.values()}
+    if column is not None and column not in types:
+        raise JobError(f'task.name = "{choice.name}" needs a column of type "{column}" in data.columns')
+    if (alone := types & {"image", "characters", "id"}) and column not in alone:
+        raise JobError(f'data.columns: a column of type "{min(alone)}" is not for task.name = "{choice.name}"')
+    if data.forecast is not None and choice.name != "forecast":
+        raise JobError(f'data.forecast is for task.name = "forecast", not "{choice.name}"')
+    if hasattr(kind, "check"):
+        kind.check(choice, data)
 
 
 def initial_model(task: Task, *, features: int, classes: int, seed: int) -> nn.Module:
