@@ -29,7 +29,7 @@ from server.rounds import run_rounds
 from simulations.inline import InlineTransport
 from strategies.catalogue import strategy_for
 from strategies.job import Job, check_job
-from strategies.protocol import ServerState
+from strategies.protocol import ServerState, Traits
 from strategies.total import layout_for
 
 ROWS, FEATURES, BATCH, RATE = 100, 30, 10, 0.05
@@ -78,7 +78,7 @@ class Inline:
         self._start = trainer.read().copy()
         by_name = dict(zip(self._names, clients, strict=True))
 
-        layout = layout_for(job, trainer.parameters.size)
+        layout = layout_for(job, trainer.parameters.size, Traits())
 
         def open_client(name: str) -> Site:
             plan = SitePlan(rows=len(by_name[name]))

@@ -19,6 +19,7 @@ from typing import Any
 
 from client.content import content_of
 from client.history import History
+from client.memory import SiteMemory
 from client.policy import JobRequest, Policy, set_budgets
 from client.secure import Stopwatch
 from client.seen import SeenNonces
@@ -56,7 +57,6 @@ from strategies.messages import (
 )
 from strategies.parameters import Parameters, Vector, vector_hash
 from strategies.secure import SecureSum
-from strategies.total import layout_for
 
 PRIVATE = ("keys", "state", "ledgers")  # What the trainer must not see.
 MOST_PATIENCE_S = 7 * 24 * 3600.0
@@ -71,8 +71,7 @@ def plan_of(job: Job, opened: Opened, *, sites: int, site: str) -> tuple[SitePla
     """
     sizes, secure = opened.parameters.sizes, None
     if job.secure_aggregation is not None:
-        layout = layout_for(job, opened.parameters.size)
-        secure = SecureSum.make(job, sites=sites, layout=layout, layers=sizes, most_rows=opened.rows)
+        secure = SecureSum.make(job, sites=sites, layout=opened.layout, layers=sizes, most_rows=opened.rows)
     plan = SitePlan.make(
         job,
         rows=opened.rows,
@@ -94,6 +93,7 @@ class _Seated:
     folder: RecordFolder
     budget: SiteBudget | None
     first_model: str
+    opened: Opened
 
 
 @dataclass
@@ -235,7 +235,7 @@ class Desk:
         trainer.plan(plan)
         folder = self._folder_of(job.hash)
         files = Files.within(folder.path, ledger=ledger.path)
-        files = Files(files.ledger, self.folder.identity, files.outbox, self.folder.state / "journal", files.session)
+        files = replace(files, identity=self.folder.identity, journal=self.folder.state / "journal")
         folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         budget = None
         if plan.events:
@@ -246,7 +246,7 @@ class Desk:
             self.name,
             job=job,
             plan=plan,
-            layout=layout_for(job, opened.parameters.size),
+            layout=opened.layout,
             train=trainer.train,
             guard_noise=lambda _: self._noise,
             files=files,
@@ -256,11 +256,10 @@ class Desk:
         )
         site.open()
         folder.write_bytes("job.toml", job.toml)
-        folder.write(
-            "shapes.json", {"shapes": [[name, list(shape)] for name, shape in opened.parameters.shapes.items()]}
-        )
+        shapes = [[name, list(shape)] for name, shape in opened.parameters.shapes.items()]
+        folder.write("shapes.json", {"shapes": shapes, "received": opened.layout.asked, "personal": opened.personal})
         folder.write_text("offer.json", header(offer))  # To sit down again after a restart. Last: it is what is asked.
-        self._seated = _Seated(job, site, folder, budget, offer.model_hash)
+        self._seated = _Seated(job, site, folder, budget, offer.model_hash, opened)
         return self._seated
 
     def _data_of(self, job: Job) -> Path:
@@ -279,7 +278,10 @@ class Desk:
         if request.round_number > seated.job.training.rounds:
             raise Refused(f"round {request.round_number} of a job that has {seated.job.training.rounds}")
         asked = request if isinstance(request, Ask) else request.ask
-        if request.round_number == 1 and asked is not None and asked.model_hash != seated.first_model:
+        first = (
+            asked.model[: seated.opened.parameters.size] if asked is not None and request.round_number == 1 else None
+        )
+        if first is not None and vector_hash(first) != seated.first_model:
             raise Refused("the model of round 1 is not the one that the job was offered, and approved, with")
         trains = isinstance(request, Ask) or request.stage == "mask"
         began = time.monotonic()
@@ -321,11 +323,12 @@ class Desk:
             return Agreed(self.name, message.job, message.round_number)
         offer, folder = self._offer_of(message.job), self._folder_of(message.job)
         job = parse_job(offer.toml, where="the job that this site agreed to")
-        shapes = folder.read("shapes.json")["shapes"]
-        parameters = Parameters({str(name): tuple(shape) for name, shape in shapes})
-        check_deliver(message, job=job.hash, parameters=parameters.size)
+        known = folder.read("shapes.json")
+        parameters = Parameters({str(name): tuple(shape) for name, shape in known["shapes"]})
+        check_deliver(message, job=job.hash, parameters=known["received"])
         metadata = {"job": message.job, "round": str(message.round_number)}
-        parameters.save(message.model, folder.path / "model.safetensors", metadata)
+        shared = message.model[: parameters.size]
+        parameters.save(shared, folder.path / "model.safetensors", metadata)
         report: dict[str, Any] = {"job": job.hash, "name": job.name, "model_hash": vector_hash(message.model)}
         head, path = None, self.folder.ledger(job.data.dataset)
         if path.exists():
@@ -342,12 +345,24 @@ class Desk:
         try:
             self._seat_of(message.job)
             assert self._trainer is not None
-            report["metrics"] = self._trainer.evaluate(message.model)
+            model = shared
+            if known["personal"]:
+                model = self._own_model(message.model, folder)
+                parameters.save(model, folder.path / "own_model.safetensors", metadata)
+            report["metrics"] = self._trainer.evaluate(model)
         except (FedchorusError, OSError) as error:
             why = str(error) if isinstance(error, FedchorusError) else type(error).__name__
             self.log.warning("the model could not be evaluated here", why=why)
         folder.write("report.json", report)
         return Agreed(self.name, message.job, message.round_number, head)
+
+    def _own_model(self, received: Vector, folder: RecordFolder) -> Vector:
+        """The model of this site's own that the job's strategy makes of what was delivered and what was kept here."""
+        assert self._trainer is not None
+        assert self._seated is not None
+        files, size = Files.within(folder.path, ledger=folder.path), self._seated.opened.layout.memory
+        memory = SiteMemory(files.memory, size).newest() if size else None
+        return self._trainer.own_model(received, memory)
 
     def _has(self, message: Deliver) -> bool:
         folder = self._folder_of(message.job)

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from client.enrol import read_invitation
 from client.history import History
@@ -32,6 +32,9 @@ from privacy.errors import FedchorusError, LedgerError
 from privacy.keys import IdentityKey, TlsKey
 from privacy.ledger import Entry, parse
 from privacy.secagg.roster import Roster
+
+if TYPE_CHECKING:
+    from client.rehearsal import Rehearsal
 
 Level = Literal["ok", "warning", "error"]
 MARKS: dict[Level, str] = {"ok": "ok   ", "warning": "warn ", "error": "ERROR"}
@@ -453,6 +456,12 @@ class _Examination:
 
     # -- a job ---------------------------------------------------------------------------------------------------------
 
+    def _check_schema(self, tried: Rehearsal) -> None:
+        """Name all differences at once: opening the data stops at the first that nothing can be trained with."""
+        fix = "mend the table, or ask whoever wrote the job to describe it as it is"
+        for difference in tried.schema():
+            self.warn("job's schema", difference, fix)
+
     def _check_job(self, path: Path) -> None:
         from client.rehearsal import Rehearsal
         from strategies.job import load_job
@@ -475,6 +484,8 @@ class _Examination:
             ("cost", tried.cost, "change policy.toml if you want this job, or ask for one that costs less"),
         ):
             try:
+                if what == "data":
+                    self._check_schema(tried)
                 self.ok(f"job's {what}", step())
             except (FedchorusError, OSError) as error:
                 self.fail(f"job's {what}", str(error), fix)

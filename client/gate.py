@@ -126,7 +126,7 @@ class Gate:
 
     def check(self, ask: Ask) -> None:
         """Raise `MalformedMessage` for a request to train that this site has not approved."""
-        check_ask(ask, job=self.job, parameters=self.layout.parameters)
+        check_ask(ask, job=self.job, parameters=self.layout.asked)
 
     def reserve(self, ask: Ask) -> Entry | None:
         """Charge the round before any data are touched. Raises `BudgetExceeded`."""

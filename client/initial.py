@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from client.data import class_count, feature_names
+from client.data import class_count
+from client.reading import feature_count
 from client.tasks import initial_model, task_for
 from client.training import Trainer
 from strategies.job import Job
@@ -12,6 +13,6 @@ from strategies.parameters import Parameters, Vector
 def initial_parameters(job: Job) -> tuple[Parameters, Vector]:
     """Names, shapes and the flat vector ((P,) float32) of the job's model. Raises `JobError` if it cannot be built."""
     task = task_for(job)
-    features, classes = len(feature_names(job.data)), class_count(job.data)
+    features, classes = feature_count(job), class_count(job.data)
     trainer = Trainer(task, initial_model(task, features=features, classes=classes, seed=job.seed), job.training)
     return trainer.parameters, trainer.read().copy()

@@ -5,22 +5,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.data import Records
+from client.memory import flat, named
+from client.pace import Pace
 from client.site import SitePlan
-from client.training import DeviceRecords, Trainer
+from client.training import Adjustment, DeviceRecords, Trainer
+from privacy.errors import JobError
 from privacy.noise import NoiseSource
 from strategies.job import Job
 from strategies.messages import Ask
-from strategies.parameters import Vector
+from strategies.parameters import Parameters, Vector
+from strategies.partial import frozen_first
 from strategies.protocol import Strategy
-from strategies.total import Layout
+from strategies.total import TRAINING_METRICS, Layout
+
+
+class Trained(NamedTuple):
+    """What a site's training gives: the contribution, and what the site keeps for its next round, if anything."""
+
+    contribution: Vector
+    memory: Vector | None = None
 
 
 class LocalTraining:
-    """What one site does between a request and its gate. `noise` makes the source of one round's training."""
+    """What one site does between a request and its gate. `noise` makes the source of one round's training; `pace` is
+    how much the site does of it, by default what the job says."""
 
     def __init__(
         self,
@@ -33,34 +49,145 @@ class LocalTraining:
         records: Records,
         layout: Layout,
         noise: Callable[[int], NoiseSource],
+        pace: Pace | None = None,
     ) -> None:
+        self._pace = Pace.of(job, name) if pace is None else pace
         self._name, self._job, self._plan = name, job, plan
         self._strategy, self._trainer, self._layout, self._noise = strategy, trainer, layout, noise
         self._records: DeviceRecords = trainer.place(records)
 
-    def __call__(self, ask: Ask) -> Vector:
-        """Train on the model that is asked with; the contribution ((layout.size,) float32) is this call's own memory.
+    def __call__(self, ask: Ask, memory: Vector | None = None) -> Trained:
+        """Train on what is asked with; the contribution ((layout.size,) float32) is this call's own memory.
 
-        With record-level privacy it is already private for each record; the gate bounds it as a whole.
+        `memory` ((layout.memory,) float32) is what the site kept in the round before, None in its first. With
+        record-level privacy the contribution is already private for each record; the gate bounds it as a whole.
         """
-        self._trainer.load(ask.model)
-        if self._plan.sgd is not None:
-            self._trainer.train_privately(self._records, self._plan.sgd, self._noise(ask.round_number))
-            metrics: dict[str, float] = {}
-        else:
-            metrics = self._trainer.train(
-                self._records, seed=training_seed(self._job.seed, self._name, ask.round_number)
-            )
+        strategy, traits, size = self._strategy, self._strategy.traits, self._trainer.parameters.size
+        every = {**traits.kept, **traits.own}
+        before = named(memory, every, size) if memory is not None else {}
         contribution = np.zeros(self._layout.size, dtype=np.float32)
-        update = contribution[: self._layout.parameters]
-        weight = self._strategy.contribution(ask.model, self._trainer.read(), rows=self._plan.rows, out=update)
-        contribution[self._layout.parameters] = weight
-        for position, name in enumerate(self._layout.metrics, start=self._layout.parameters + 1):
-            contribution[position] = metrics.get(name, 0.0)
-        return contribution
+        own = _Round(self, ask.round_number, {name: array for name, array in before.items() if name in traits.kept})
+        added = strategy.contribution(ask.model, own, contribution[: self._layout.parameters])
+        if set(added.scalars) != set(traits.scalars):
+            raise JobError("strategy.name: its contribution has other scalars than its traits name")
+        numbers = {**own.metrics, **added.scalars}
+        contribution[self._layout.parameters :] = [
+            added.weight,
+            *(numbers.get(name, 0.0) for name in self._layout.metrics),
+        ]
+        if not traits.remembers:
+            return Trained(contribution)
+        # What follows stays here: from now on the records may be read freely, and nothing that leaves depends on it.
+        lent = {name: array.copy() for name, array in {**before, **own.memory}.items()}
+        after = _Round(self, ask.round_number, lent, stays=True)
+        strategy.personalise(ask.model, after)
+        kept = {name: array for name, array in own.memory.items() if name in traits.kept}
+        kept |= {name: array for name, array in after.memory.items() if name in traits.own}
+        return Trained(contribution, flat(kept, every, size))
 
 
-def training_seed(seed: int, site: str, round_number: int) -> int:
-    """The seed of one site's batches in one round: 63 bits, the same on every machine. Not for noise or keys."""
-    text = json.dumps(["fedchorus batches", seed, site, round_number]).encode()
+class _Round:
+    """`strategies.protocol.Local` for one round of one site; with `stays` for what never leaves it."""
+
+    def __init__(
+        self, training: LocalTraining, round_number: int, memory: dict[str, Vector], *, stays: bool = False
+    ) -> None:
+        self._of, self._number, self._stays = training, round_number, stays
+        self.memory = memory
+        self.metrics = dict.fromkeys(TRAINING_METRICS, 0.0)
+        self._taken = self._fits = self._skipped = 0
+
+    @cached_property
+    def _source(self) -> NoiseSource:
+        """One for the round: a seeded source would repeat itself in a second training."""
+        return self._of._noise(self._number)
+
+    @property
+    def rows(self) -> int:
+        return self._of._plan.rows
+
+    @property
+    def steps(self) -> int:
+        return self._planned - self._skipped
+
+    @property
+    def share(self) -> float:
+        return self._of._pace.share
+
+    @cached_property
+    def _planned(self) -> int:
+        return self._of._pace.steps_of(self._of._job.training.steps_for(self.rows))
+
+    @cached_property
+    def _frozen(self) -> NDArray[np.bool_] | None:
+        """The layers that a weak site leaves as they are, whatever the strategy."""
+        size = self.parameters.size
+        return np.arange(size) < frozen_first(size, self.share) if self.share < 1 else None
+
+    @property
+    def learning_rate(self) -> float:
+        return self._of._job.training.learning_rate_in(self._number)
+
+    @property
+    def parameters(self) -> Parameters:
+        return self._of._trainer.parameters
+
+    def fit(
+        self,
+        start: Vector,
+        *,
+        pull: float = 0.0,
+        towards: Vector | None = None,
+        drift: Vector | None = None,
+        frozen: NDArray[np.bool_] | None = None,
+        steps: int | None = None,
+    ) -> Vector:
+        trainer, steps = self._of._trainer, self.steps if steps is None else steps
+        self._taken, self._fits = self._taken + steps, self._fits + 1
+        if towards is None and pull:
+            towards = start.copy()  # It may be the trainer's own memory.
+        if self._frozen is not None:
+            frozen = self._frozen if frozen is None else frozen | self._frozen
+        stint = self._of._pace.stint(steps / self._planned)
+        adjust = Adjustment(pull=pull, towards=towards, drift=drift, frozen=frozen)
+        trainer.load(start)
+        if (sgd := self._of._plan.sgd) is not None and not self._stays:
+            if self._taken > sgd.steps:
+                raise JobError(f"strategy.name: it trains {self._taken} steps in a round that is charged {sgd.steps}")
+            trainer.train_privately(
+                self._of._records,
+                replace(sgd, steps=steps),
+                self._source,
+                adjust=adjust,
+                learning_rate=self.learning_rate,
+                enough=stint,
+            )
+        else:
+            which = 2 * (self._fits - 1) + self._stays
+            seed = training_seed(self._of._job.seed, self._of._name, self._number, which)
+            sums = trainer.train(
+                self._of._records,
+                seed=seed,
+                adjust=adjust,
+                steps=steps,
+                learning_rate=self.learning_rate,
+                enough=stint,
+            )
+            self.metrics = {name: self.metrics[name] + sums[name] for name in self.metrics}
+        self._skipped += steps - stint.taken
+        return trainer.read()
+
+    def loss(self, model: Vector) -> float:
+        if self._of._job.privacy.record is not None and not self._stays:
+            raise JobError("strategy.name: it reads the records besides training, which privacy.record does not cover")
+        self._of._trainer.load(model)
+        return self._of._trainer.loss(self._of._records)
+
+
+def training_seed(seed: int, site: str, round_number: int, which: int = 0) -> int:
+    """The seed of one site's batches in one round: 63 bits, the same on every machine. Not for noise or keys.
+
+    `which` tells the trainings of one round apart.
+    """
+    text = json.dumps(["fedchorus batches", seed, site, round_number, *([which] if which else [])]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1

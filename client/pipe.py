@@ -57,6 +57,20 @@ class Pipe:
         The key `array` of what is returned says whether there was one; no sender can set it. Raises `MalformedFrame`
         for an array of another size than `into` before it is read, and `PipeClosed`.
         """
+        header, array_bytes = self._head(expected=0 if into is None else into.nbytes)
+        if array_bytes and into is not None:
+            self._read(into.view(np.uint8).data)
+        return {**header, "array": array_bytes > 0}
+
+    def receive_any(self) -> tuple[dict[str, Any], Vector]:
+        """The next frame from a sender that is trusted with memory: its header, its array (of size 0 without one)."""
+        header, array_bytes = self._head()
+        array = np.empty(array_bytes // 4, np.float32)
+        self._read(array.view(np.uint8).data)
+        return header, array
+
+    def _head(self, *, expected: int | None = None) -> tuple[dict[str, Any], int]:
+        """A frame's header, and the bytes of the array that follows: none, or as many as `expected`."""
         prefix = bytearray(_PREFIX.size)
         self._read(memoryview(prefix))
         version, header_bytes, array_bytes = _PREFIX.unpack(prefix)
@@ -64,10 +78,8 @@ class Pipe:
             raise MalformedFrame("it does not start with this version's mark")
         if header_bytes > HEADER_LIMIT:
             raise MalformedFrame(f"it claims a header of {header_bytes} bytes, the limit is {HEADER_LIMIT}")
-        if array_bytes not in (0, 0 if into is None else into.nbytes):
-            raise MalformedFrame(
-                f"it claims an array of {array_bytes} bytes, expected {into.nbytes if into is not None else 0}"
-            )
+        if expected is not None and array_bytes not in (0, expected):
+            raise MalformedFrame(f"it claims an array of {array_bytes} bytes, expected {expected}")
         text = bytearray(header_bytes)
         self._read(memoryview(text))
         try:
@@ -76,9 +88,7 @@ class Pipe:
             raise MalformedFrame("its header is not JSON") from None
         if not isinstance(header, dict):
             raise MalformedFrame("its header is not a JSON object")
-        if array_bytes and into is not None:
-            self._read(into.view(np.uint8).data)
-        return {**header, "array": array_bytes > 0}
+        return header, array_bytes
 
     def _write(self, data: memoryview) -> None:
         while data:

@@ -169,6 +169,8 @@ class Policy(PolicyFile):
             why = f"the job withstands {secure.colluders}, not {rules.minimum_colluders}"
             yield Violation("secure_aggregation.minimum_colluders", why)
         smallest = min(cohort.size or request.sites, request.sites) // secure.groups
+        if request.job.regions:
+            smallest = min(len(region) for region in request.job.regions.values())
         try:
             shape = Shape.of(
                 smallest,

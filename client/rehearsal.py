@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 
 from client.content import content_of
 from client.desk import PRIVATE, plan_of
@@ -45,14 +46,20 @@ class Rehearsal:
         self.policy.check_offer(request, now=self.now, history=self._history)
         return f"the policy allows task {self.job.task.name} and strategy {self.job.strategy.name} on these terms"
 
+    def schema(self) -> list[str]:
+        """How the data differ from the job's schema, one line each; for this site's people alone."""
+        from client.data import read_table
+        from client.schema import differences
+
+        if self._path.suffix == ".npz":  # Arrays, whose shapes are checked when they are opened.
+            return []
+        return differences(read_table(self._path, self.job.data), self.job.data)
+
     def data(self) -> str:
         """Open the data in the trainer's process, against the whole schema, and build the model."""
-        known, trainer = self.settings.data.get(self.job.data.dataset), self.settings.trainer
-        if known is None:
-            names = ", ".join(self.settings.data) or "none"
-            raise DataError(f"data set {self.job.data.dataset!r} is not in site.toml; known here: {names}")
+        trainer = self.settings.trainer
         with TrainerProcess(
-            data=(self.folder.path / known.path).resolve(),
+            data=self._path,
             hidden=[self.folder.path / name for name in PRIVATE if (self.folder.path / name).exists()],
             isolation=trainer.isolation,
             timeout_s=min(LONGEST_S, trainer.longest_s),
@@ -71,6 +78,14 @@ class Rehearsal:
         request = self._request(parameters=self._opened.parameters.size, plan=plan)
         self.policy.check(request, ledger=self.ledger, now=self.now, history=self._history)
         return "the policy and the budget admit it, once it has the approvals that it needs"
+
+    @property
+    def _path(self) -> Path:
+        known = self.settings.data.get(self.job.data.dataset)
+        if known is None:
+            names = ", ".join(self.settings.data) or "none"
+            raise DataError(f"data set {self.job.data.dataset!r} is not in site.toml; known here: {names}")
+        return (self.folder.path / known.path).resolve()
 
     @property
     def _history(self) -> History:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.gate import Account, Gate, Guard, Outbox
+from client.memory import SiteMemory
 from client.secure import SecureGate, Stopwatch
 from privacy.accountant import noise_multiplier_for
 from privacy.budget import Accounts, JobAccount, Limit, SiteBudget
@@ -30,18 +31,20 @@ from strategies.total import Layout
 @dataclass(frozen=True)
 class Files:
     """Where one site keeps what it must not lose: its ledger, its identity key, its last contribution, the journal of
-    what it released securely; and `session`, the secrets of a secure sum while it lasts."""
+    what it released securely; `session`, the secrets of a secure sum while it lasts; and `memory`, what its strategy
+    keeps between rounds."""
 
     ledger: Path
     identity: Path
     outbox: Path
     journal: Path
     session: Path
+    memory: Path
 
     @classmethod
     def within(cls, private: Path, *, ledger: Path) -> Files:
         """All but the ledger in one folder of the site's own."""
-        names = ("identity.pem", "outbox.bin", "journal", "session")
+        names = ("identity.pem", "outbox.bin", "journal", "session", "memory.bin")
         return cls(ledger, *(private / name for name in names))
 
 
@@ -139,8 +142,9 @@ def _calibrated(own: Protection, rate: float, count: int) -> float:
 class Site:
     """A data holder's client: the gate of one job, and what trains behind it.
 
-    `train` answers a request with a contribution ((layout.size,) float32), in this process or in another; `guard_noise`
-    makes the source of one round's local noise, so a simulation can seed each site's by itself.
+    `train` answers a request, and what the site kept in the round before, with a contribution ((layout.size,) float32)
+    and what it keeps now, in this process or in another; `guard_noise` makes the source of one round's local noise, so
+    a simulation can seed each site's by itself.
     """
 
     def __init__(
@@ -150,7 +154,7 @@ class Site:
         job: Job,
         plan: SitePlan,
         layout: Layout,
-        train: Callable[[Ask], Vector],
+        train: Callable[[Ask, Vector | None], tuple[Vector, Vector | None]],
         guard_noise: Callable[[int], NoiseSource],
         files: Files | None,
         simulation: bool,
@@ -175,10 +179,20 @@ class Site:
         """
         match request, self.open():
             case Ask(), Gate() as gate:
-                return gate.pass_through(request, lambda: self._train(request))
+                return gate.pass_through(request, lambda: self._trained(request))
             case Step(), SecureGate() as gate:
-                return gate.answer(request, lambda: self._train(_asked(request)))
+                return gate.answer(request, lambda: self._trained(_asked(request)))
         raise MalformedMessage("this site's job has it otherwise: with secure aggregation, or without")
+
+    def _trained(self, ask: Ask) -> Vector:
+        if not self._layout.memory:
+            return self._train(ask, None)[0]
+        assert self._files is not None, "a strategy that remembers needs a file"
+        memory = SiteMemory(self._files.memory, self._layout.memory)
+        contribution, kept = self._train(ask, memory.before(ask.round_number))
+        if kept is not None:
+            memory.keep(ask.round_number, kept)
+        return contribution
 
     def open(self) -> Gate | SecureGate:
         """Open the gate and plan the job in the ledger. Raises `BudgetExceeded` for a plan that does not fit."""

@@ -42,22 +42,20 @@ class Loaded:
     """One job at one site: its data, its model, what trains it."""
 
     def __init__(self, job: Job, site: str, data: Path) -> None:
-        from client.data import class_count, encode, feature_names, read_frame, split
+        from client.data import class_count, read_frame
+        from client.reading import feature_count, records_of, site_data
         from client.tasks import initial_model, task_for
         from client.training import Trainer
 
         self.job, self.site = job, site
         # The task's own code is built before records are read: what it says in an error cannot hold one.
         self.strategy, task = strategy_for(job), task_for(job)
-        model = initial_model(task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed)
+        model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
         self.trainer: Trainer = Trainer(task, model, job.training)
-        # As in a simulation: with privacy no label decides who is trained on, unless the job insists.
-        stratify = job.data.stratify if job.data.stratify is not None else job.privacy.record is None
-        records = encode(read_frame(data, job.data), job.data, where=str(data))
-        self.data: SiteData = split(records, job.data, site=site, stratify=stratify)
+        records = records_of(read_frame(data, job.data), job, where=str(data))
+        self.data: SiteData = site_data(records, job, site=site)
         self.trainer.try_out(self.data.train)
-        self.layout = layout_for(job, self.trainer.parameters.size)
-        self.model = np.empty(self.layout.parameters, np.float32)  # Where each call's model arrives.
+        self.layout = layout_for(job, self.trainer.parameters.size, self.strategy.traits)
         self.test = self.trainer.place(self.data.test)
         self.training: LocalTraining | None = None
 
@@ -66,6 +64,13 @@ class Loaded:
             "job": self.job.hash,
             "rows": len(self.data.train),
             "test_rows": len(self.data.test),
+            "layout": {
+                "sent": self.layout.parameters,
+                "metrics": list(self.layout.metrics),
+                "received": self.layout.asked,
+                "memory": self.layout.memory,
+                "personal": self.strategy.traits.personal,
+            },
             "shapes": [[name, list(shape)] for name, shape in self.trainer.parameters.shapes.items()],
             "device": str(self.trainer.device),
         }
@@ -92,8 +97,16 @@ class Loaded:
             noise=lambda _round_number: noise,
         )
 
-    def evaluate(self) -> dict[str, float]:
-        self.trainer.load(self.model)
+    def own_model(self, received: Vector, memory: Vector | None) -> Vector:
+        """The model of this site, which received this and keeps that."""
+        from client.memory import named
+
+        traits, size = self.strategy.traits, self.trainer.parameters.size
+        kept = named(memory, {**traits.kept, **traits.own}, size) if memory is not None else {}
+        return self.strategy.own_model(received, kept, self.trainer.parameters)
+
+    def evaluate(self, model: Vector) -> dict[str, float]:
+        self.trainer.load(model)
         metrics = self.trainer.evaluate(self.test.features, self.test.targets)
         return {**{name: float(values.double().mean()) for name, values in metrics.items()}, "rows": len(self.test)}
 
@@ -104,23 +117,24 @@ class Child:
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
         self._loaded: Loaded | None = None
-        self._calls: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Vector]]] = {
+        self._calls: dict[str, Callable[[dict[str, Any], Vector], tuple[dict[str, Any], Vector]]] = {
             "prove": self._prove,
             "open": self._open,
             "plan": self._plan,
             "train": self._train,
+            "own": self._own,
             "evaluate": self._evaluate,
         }
 
     def serve(self) -> None:
         """Answer until the parent says `close` or is gone."""
         while True:
-            call = self._pipe.receive(self._loaded.model if self._loaded else None)
+            call, given = self._pipe.receive_any()
             name = call.pop("call")
             if name == "close":
                 return
             try:
-                answer, array = self._calls[name](call)
+                answer, array = self._calls[name](call, given)
             except Exception as error:  # noqa: BLE001  # The user's code may raise anything, and the job goes on.
                 traceback.print_exc()
                 told = isinstance(error, JobError | DataError) and name in ("open", "plan")
@@ -128,7 +142,7 @@ class Child:
                 answer, array = {"error": kind, "says": str(error) if told else None}, NOTHING
             self._pipe.send(answer, array)
 
-    def _prove(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+    def _prove(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:
         """Try what the sandbox should prevent, before any of the user's code could help it to look shut in."""
         _send_datagram(call["udp"])
         found = {
@@ -138,27 +152,35 @@ class Child:
         }
         return found, NOTHING
 
-    def _open(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+    def _open(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:
         self._loaded = None
         job = check_job(tomllib.loads(call["job"]), where="the job")
         self._loaded = Loaded(job, call["site"], Path(call["data"]))
         return self._loaded.describe(), NOTHING
 
-    def _plan(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+    def _plan(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:
         assert self._loaded is not None
         self._loaded.plan(SitePlan(call["rows"], sgd=sgd_from(call["sgd"])))
         return {}, NOTHING
 
-    def _train(self, call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+    def _train(self, call: dict[str, Any], given: Vector) -> tuple[dict[str, Any], Vector]:
         assert self._loaded is not None
         assert self._loaded.training is not None
-        ask = parse_request(call["ask"], self._loaded.model)
+        layout = self._loaded.layout
+        ask = parse_request(call["ask"], given[: layout.asked])
         assert isinstance(ask, Ask)
-        return {}, self._loaded.training(ask)
+        contribution, kept = self._loaded.training(ask, given[layout.asked :] if call["remembers"] else None)
+        return {}, contribution if kept is None else np.concatenate([contribution, kept])
 
-    def _evaluate(self, _call: dict[str, Any]) -> tuple[dict[str, Any], Vector]:
+    def _own(self, call: dict[str, Any], given: Vector) -> tuple[dict[str, Any], Vector]:
         assert self._loaded is not None
-        return {"metrics": self._loaded.evaluate()}, NOTHING
+        received = self._loaded.layout.asked
+        memory = given[received:] if call["remembers"] else None
+        return {}, self._loaded.own_model(given[:received], memory)
+
+    def _evaluate(self, _call: dict[str, Any], given: Vector) -> tuple[dict[str, Any], Vector]:
+        assert self._loaded is not None
+        return {"metrics": self._loaded.evaluate(given)}, NOTHING
 
 
 def sgd_record(sgd: RecordLevelSgd | None) -> dict[str, Any] | None:

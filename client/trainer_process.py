@@ -28,7 +28,7 @@ from privacy.errors import DataError, JobError, RunError
 from strategies.job import Job
 from strategies.messages import Ask, header
 from strategies.parameters import Parameters, Vector
-from strategies.total import Layout, layout_for
+from strategies.total import Layout
 
 CHILD = (sys.executable, "-P", "-m", "client.trainer_child")
 MOST_PARAMETERS = 2**34
@@ -52,6 +52,8 @@ class Opened:
     test_rows: int
     parameters: Parameters
     device: str
+    layout: Layout
+    personal: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class TrainerProcess:
         self._life: Life | None = None
         self._job: tuple[Job, str] | None = None
         self._opened: Opened | None = None
-        self._plan: tuple[SitePlan, Layout] | None = None
+        self._plan: SitePlan | None = None
 
     @property
     def isolation(self) -> str:
@@ -152,25 +154,40 @@ class TrainerProcess:
         assert self._job is not None and self._opened is not None, "open it first"  # noqa: PT018
         self._plan = None
         self._make(lambda life: self._tell_plan(life, plan))
-        self._plan = (plan, layout_for(self._job[0], self._opened.parameters.size))
+        self._plan = plan
 
-    def train(self, ask: Ask) -> Vector:
-        """Train on the model that is asked with; the contribution ((layout.size,) float32) is this call's own memory.
+    def train(self, ask: Ask, memory: Vector | None = None) -> tuple[Vector, Vector | None]:
+        """Train on what is asked with; the contribution ((layout.size,) float32), this call's own memory.
 
-        `ask` is one that the gate has checked. A repeated call is no further release: of the first nothing came.
+        `memory` is what the site kept in the round before ((layout.memory,) float32, None in its first); what it keeps
+        now comes along. `ask` is one that the gate has checked. A repeated call is no further release: of the first
+        nothing came.
         """
-        assert self._plan is not None, "plan it first"
+        assert self._plan is not None and self._opened is not None, "plan it first"  # noqa: PT018
+        layout = self._opened.layout
         # What the child says of its model's size costs no memory here: it is the gate's model that has it.
-        assert ask.model.size == self._plan[1].parameters, "the gate checks the model"
-        contribution = np.empty(self._plan[1].size, np.float32)
+        assert ask.model.size == layout.asked, "the gate checks the model"
+        call = {"call": "train", "ask": header(ask), "remembers": memory is not None}
+        answer = self._array(call, _joined(ask.model, memory), layout.size + layout.memory)
+        return answer[: layout.size], answer[layout.size :] if layout.memory else None
 
-        def trained(life: Life) -> Vector:
-            answer = self._ask(life, {"call": "train", "ask": header(ask)}, ask.model, into=contribution)
-            if not answer["array"]:
-                raise MalformedFrame("it has no contribution")
-            return contribution
+    def own_model(self, received: Vector, memory: Vector | None) -> Vector:
+        """The model ((P,) float32) of this site, which received this and keeps that."""
+        assert self._opened is not None, "open it first"
+        assert received.size == self._opened.layout.asked, "the gate checks what was received"
+        call = {"call": "own", "remembers": memory is not None}
+        return self._array(call, _joined(received, memory), self._opened.parameters.size)
 
-        return self._make(trained)
+    def _array(self, call: dict[str, Any], array: Vector, size: int) -> Vector:
+        """What a call answers with, an array of `size` numbers."""
+        into = np.empty(size, np.float32)
+
+        def answered(life: Life) -> Vector:
+            if not self._ask(life, call, array, into=into)["array"]:
+                raise MalformedFrame("it has no array")
+            return into
+
+        return self._make(answered)
 
     def evaluate(self, model: Vector) -> dict[str, float]:
         """The means of the task's metrics over the test rows, and `rows`, their number. They stay at the site.
@@ -264,7 +281,7 @@ class TrainerProcess:
                     f"{self._data}: the data changed while the job ran; bring them back, or start a new job"
                 )
             if self._plan is not None:
-                self._tell_plan(life, self._plan[0])
+                self._tell_plan(life, self._plan)
         except (RunError, DataError, JobError):
             self._give_up(grace_s=0.0)  # It is not where the last one was, and no call may take it for that.
             raise
@@ -294,7 +311,8 @@ class TrainerProcess:
         if not isinstance(device, str):
             raise MalformedFrame("it names no device")
         rows, test_rows = _count(answer.get("rows")), _count(answer.get("test_rows"))
-        return Opened(rows, test_rows, _parameters(answer.get("shapes")), _line(device))
+        parameters = _parameters(answer.get("shapes"))
+        return Opened(rows, test_rows, parameters, _line(device), *_layout(answer.get("layout")))
 
     def _tell_plan(self, life: Life, plan: SitePlan) -> None:
         self._ask(life, {"call": "plan", "rows": plan.rows, "sgd": sgd_record(plan.sgd)})
@@ -345,6 +363,26 @@ def _parameters(shapes: Any) -> Parameters:
                 raise MalformedFrame("its shapes are malformed")
     _count(math.prod(1 for _ in named) and sum(math.prod(shape) for shape in named.values()))
     return Parameters(named)
+
+
+def _layout(told: Any) -> tuple[Layout, bool]:
+    """What the strategy sends and keeps, and whether it makes a model of the site's own."""
+    match told:
+        case {
+            "sent": sent,
+            "metrics": list(metrics),
+            "received": received,
+            "memory": int(memory),
+            "personal": bool(own),
+        }:
+            sent, received = _count(sent), _count(received)
+            if all(isinstance(name, str) for name in metrics) and 0 <= memory < MOST_PARAMETERS:
+                return Layout(sent, tuple(metrics), None if received == sent else received, memory), own
+    raise MalformedFrame("its layout is malformed")
+
+
+def _joined(array: Vector, memory: Vector | None) -> Vector:
+    return array if memory is None else np.concatenate([array, memory])
 
 
 def _line(text: str) -> str:

@@ -479,11 +479,12 @@ def _check_contributions(audit: Audit, ledger: SiteAudit, entries: Sequence[Entr
         number = line.get("round")
         what = f"round {number} was released" if site == SERVER else f"its update was counted in round {number}"
         if folder.counted(line, site):
-            if number not in committed:
+            trained = claims.trained_in(line, site)
+            if trained not in committed:
                 audit.report(site, None, f"{what} without a committed entry")
             if number not in kept:
                 audit.report(site, None, f"{what}, but heads.jsonl holds no head of it")
-            elif kept[number].seq < committed.get(number, 0):
+            elif kept[number].seq < committed.get(trained, 0):
                 audit.report(site, None, f"{what}, but the head that heads.jsonl holds of it is older")
     if site == SERVER and any(
         event.sampling_rate < 1 for event in charged(entries) if isinstance(event, GaussianEvent)

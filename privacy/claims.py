@@ -278,6 +278,12 @@ def repeated_rounds(job_hash: str, ledgers: Mapping[str, Sequence[Entry]]) -> se
     return {number for (_, number), times in reserved.items() if times > 1}
 
 
+def trained_in(line: Record, site: str) -> int:
+    """The round in which a site trained what this line counts: an earlier one, where the server waits for nobody."""
+    number: int = line.get("began", {}).get(site, line["round"])
+    return number
+
+
 def check_commits(
     report: Report,
     job_hash: str,
@@ -291,7 +297,9 @@ def check_commits(
     Of a round that was lost in a crash and taken again, what the first attempt signed was counted nowhere.
     """
     heard = {
-        line["round"] for line in rounds if site == SERVER or site in line["contributors"] or site in line["failures"]
+        trained_in(line, site)
+        for line in rounds
+        if site == SERVER or site in line["contributors"] or site in line["failures"]
     } | repeated_rounds(job_hash, ledgers)
     for entry in entries:
         if entry.kind == "commit" and entry.body["job"] == job_hash and entry.body["round"] not in heard:

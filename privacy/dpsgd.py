@@ -94,12 +94,14 @@ class RecordLevelSgd:
         gradients: PerExampleGradients,
         source: NoiseSource,
         learning_rate: float,
-        weight_decay: float = 0.0,
+        adjust: Callable[[Tensor, Tensor], None] = lambda gradient, parameters: None,
+        enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Take the steps in place on `parameters` ((P,) float32, on the device of the data).
+        """Take the steps in place on `parameters` ((P,) float32, on the device of the data), or fewer: `enough` is
+        asked after each. Fewer cost no more, but noise does not cover how many the records left time for.
 
-        Batches and noise are drawn from `source`. Weight decay acts on the parameters alone, after the noise, and
-        costs nothing.
+        Batches and noise are drawn from `source`. `adjust` changes each noisy gradient in place by what the parameters
+        or earlier releases say (weight decay, a proximal term): after the noise, so it costs nothing.
         """
         import torch
 
@@ -110,9 +112,10 @@ class RecordLevelSgd:
             total = self._clipped_sum(parameters, features, targets, chosen, gradients)
             noisy = self.mechanism.release(total, source)
             step = torch.from_numpy((noisy / expected_batch).astype(np.float32)).to(parameters.device)
-            if weight_decay:
-                step.add_(parameters, alpha=weight_decay)
+            adjust(step, parameters)
             parameters.sub_(step, alpha=learning_rate)
+            if enough():
+                break
 
     def _clipped_sum(
         self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, gradients: PerExampleGradients

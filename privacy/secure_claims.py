@@ -41,7 +41,7 @@ class SecurePromise:
     def shape(self) -> Shape:
         secure = self._secure
         return Shape.of(
-            self._asked // self._groups,
+            self._sizes[0],
             colluders=secure["colluders"],
             dropouts=secure.get("dropouts"),
             regular=secure["graph"] == "regular",
@@ -63,7 +63,9 @@ class SecurePromise:
         """What summary.json may say of the sums."""
         shape, secure = self.shape, self._secure
         return {
-            **{key: secure[key] for key in ("groups", "reduce", "colluders", "bits")},
+            **{key: secure[key] for key in ("colluders", "bits")},
+            "groups": self._groups,
+            "reduce": self.job.get("robust", {}).get("reduce", "sum"),
             "sites_in_a_sum": shape.clients,
             "fewest_in_a_sum": shape.minimum,
             "hidden_among": self.honest,
@@ -104,7 +106,7 @@ class SecurePromise:
             mechanism=self._mechanism,
             parameters=self.parameters or dimension,
             clients=self.honest,
-            cohort=-(-self._asked // self._groups),
+            cohort=self._sizes[1],
             clip_norm=self._client["clip_norm"],
             noise_multiplier=noise_multiplier,
             bits=self._secure["bits"],
@@ -125,7 +127,23 @@ class SecurePromise:
         return "skellam" if self._client["shares"] == "skellam" else "discrete_gaussian"
 
     @property
+    def _regions(self) -> list[frozenset[str]]:
+        regions = [frozenset(sites) for sites in self.job.get("regions", {}).values()]
+        if regions and not sum(map(len, regions)) == len(frozenset().union(*regions)) == self.sites:
+            raise JobError(f"regions do not hold each of {self.sites} sites once")
+        return regions
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The fewest and the most sites that are asked for one sum."""
+        if sizes := [len(region) for region in self._regions]:
+            return min(sizes), max(sizes)
+        return self._asked // self._groups, -(-self._asked // self._groups)
+
+    @property
     def _groups(self) -> int:
+        if self._regions:
+            return len(self._regions)
         groups = int(self._secure["groups"])
         if groups < 1:
             raise JobError(f"secure_aggregation.groups must be 1 or more, got {groups}")

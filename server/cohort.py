@@ -24,7 +24,7 @@ def draw_cohort(
     | `cohort`     | who                                                                        | charged       |
     |--------------|----------------------------------------------------------------------------|---------------|
     | nothing      | everyone                                                                   | as everyone   |
-    | `size`       | so many, drawn by `seed`: the draw is public                               | as everyone   |
+    | `size`       | so many, and `over` more, drawn by `seed`: the draw is public              | as everyone   |
     | `rate`       | each by its own coin from `secret` noise of the round; nobody is possible  | as a sample   |
     | `separation` | each exactly every so many rounds, in an order drawn by `seed`: public     | by its counts |
     """
@@ -34,7 +34,7 @@ def draw_cohort(
     if cohort.separation is not None:
         turn = np.random.default_rng([seed]).permutation(len(sites)) % cohort.separation
         return [site for site, due in zip(sites, turn, strict=True) if due == (round_number - 1) % cohort.separation]
-    return public_cohort(sites, cohort.size, seed=seed, round_number=round_number)
+    return public_cohort(sites, cohort.asked, seed=seed, round_number=round_number)
 
 
 def expected_size(clients: int, cohort: Cohort) -> float:

@@ -1,17 +1,21 @@
 """Collecting a round: ask a cohort through a transport, check every answer, keep only the sum.
 
-A collector turns a request into a `Total`. This one adds plain contributions, each as it comes in, so memory is
-O(model) whatever the cohort; the secure one (`server.secure`) stands beside it with the same method.
+A collector turns a request into a `Total`. The plain one adds contributions, each as it comes in, so memory is
+O(model) whatever the cohort; the robust one, and the secure one (`server.secure`), stand beside it with the same
+method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from privacy.errors import RunError
 from privacy.ledger import Head
+from strategies.job import Job, Robust
 from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, Request, Stepped, check_reply
+from strategies.robust import fewest, gather, liars
 from strategies.total import Total
 
 
@@ -89,3 +93,35 @@ class PlainCollector:
                         heads[site] = answer.head
         failures |= dict.fromkeys(sorted(waiting), "no answer")
         return Collected(total, tuple(sorted(contributors)), dict(sorted(failures.items())), heads)
+
+
+@dataclass(frozen=True)
+class RobustCollector:
+    """Bears sites that lie: reduces contributions as `robust` says, in place of adding them up.
+
+    A reduction other than the sum keeps all contributions of a round, 4 bytes for each number of each site that is
+    asked (`strategies.robust.check_robust` refuses too many before a run); a `max_norm` alone keeps none.
+    Raises `RunError` when fewer sites answer than bear those that may lie.
+    """
+
+    transport: Transport
+    robust: Robust
+
+    def collect(self, ask: Ask, sites: Sequence[str], total: Total) -> Collected:
+        gathered = gather(self.robust, total.layout, len(sites))
+        collected = PlainCollector(self.transport).collect(ask, sites, gathered)
+        may_lie, answers = liars(self.robust, len(sites)), len(collected.contributors)
+        if answers < (needed := fewest(self.robust.reduce, may_lie)):
+            why = ", ".join(f"{site}: {why}" for site, why in list(collected.failures.items())[:5]) or "no failures"
+            raise RunError(
+                f"round {ask.round_number}: {answers} of {len(sites)} sites answered, and robust.reduce = "
+                f'"{self.robust.reduce}" needs {needed} where {may_lie} may lie ({why}); mend them and resume, or '
+                "start anew with a smaller robust.byzantine"
+            )
+        total.add_sum(gathered.reduced(may_lie))
+        return replace(collected, total=total)
+
+
+def collector_for(job: Job, transport: Transport) -> Collector:
+    """How a job without secure aggregation collects."""
+    return PlainCollector(transport) if job.robust.plain else RobustCollector(transport, job.robust)

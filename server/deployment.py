@@ -21,18 +21,20 @@ from privacy.noise import OsNoise
 from privacy.secagg.roster import Roster
 from server.checkpoint import load_checkpoint, save_checkpoint
 from server.cohort import draw_cohort
-from server.collect import Collector, Failure, PlainCollector, Transport
+from server.collect import Collector, Failure, Transport, collector_for
 from server.jobs import JobFolder
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
 from server.rounds import Diverged, RoundResult, heads_line, newest_heads, run_rounds
 from server.secure import SecureCollector
 from strategies.catalogue import strategy_for
+from strategies.composition import check_sites
 from strategies.job import Job
 from strategies.messages import Agreed, Deliver, MalformedMessage, Offer, Refusal, check_agreed
 from strategies.parameters import Parameters, vector_hash
-from strategies.protocol import ServerState
+from strategies.protocol import ServerState, Strategy
+from strategies.robust import check_robust
 from strategies.secure import SecureSum, groups_of
-from strategies.total import layout_for
+from strategies.total import Layout, layout_for
 
 PATIENCE_S = 20.0  # So long a round waits for sites that are away, if enough are there without them.
 REOFFER_S = 15.0  # A site that gave no answer to an offer is asked again so often.
@@ -83,10 +85,13 @@ class Deployment:
     def _run(self) -> None:
         job, (parameters, start) = self.folder.job, Parameters.load(self.folder.initial)
         names = sorted(member.name for member in self.roster.members)
-        layout = layout_for(job, parameters.size)
+        strategy = strategy_for(job)
+        layout = layout_for(job, parameters.size, strategy.traits)
         secure = None
         if job.secure_aggregation is not None:
             secure = SecureSum.make(job, sites=len(names), layout=layout, layers=parameters.sizes)
+        check_sites(job, names)
+        check_robust(job, sites=len(names), layout=layout)
         needed = max(1, job.least_answers, secure.shape.minimum if secure is not None else 0)
         if needed > len(names):
             raise JobError(f"the job needs {needed} sites, the federation has {len(names)}")
@@ -100,14 +105,14 @@ class Deployment:
             self.folder.approvals,
         )
         self._bind_roster()
-        state = ServerState(start)
+        state = strategy.start(start, sites=len(names))
         if self.folder.checkpoint.exists():
             state = load_checkpoint(self.folder.checkpoint, job=job.hash)
         self.folder.keep_rounds(state.round_number)
         if state.round_number < job.training.rounds:
-            release = self._release(job, parameters, len(names), state)
-            state = self._train(job, state, names, offer, needed, secure, release)
-        self._conclude(job, state, parameters, names)
+            release = self._release(job, parameters, layout, len(names), state)
+            state = self._train(job, strategy, state, names, offer, needed, secure, release)
+        self._conclude(job, strategy, state, parameters, names)
 
     def _bind_roster(self) -> None:
         """A job is its members' from first to last: who is drawn, and what that costs, follows from them."""
@@ -120,6 +125,7 @@ class Deployment:
     def _train(
         self,
         job: Job,
+        strategy: Strategy,
         state: ServerState,
         names: list[str],
         offer: Offer,
@@ -151,7 +157,7 @@ class Deployment:
                 run_rounds(
                     kept[0],
                     job=job,
-                    strategy=strategy_for(job),
+                    strategy=strategy,
                     collector=self._collector(job, names, secure),
                     release=release,
                     cohort=cohort,
@@ -175,12 +181,11 @@ class Deployment:
     def _collector(self, job: Job, names: list[str], secure: SecureSum | None) -> Collector:
         own = job.secure_aggregation
         if secure is None or own is None:
-            return PlainCollector(self.fleet)
-        groups = groups_of(job, names) if own.groups > 1 else None
-        return SecureCollector(self.fleet, secure, secure.terms(job, self.roster), self.roster, groups, own.reduce)
+            return collector_for(job, self.fleet)
+        groups = groups_of(job, names) if job.secure_groups > 1 else None
+        return SecureCollector(self.fleet, secure, secure.terms(job, self.roster), self.roster, job.robust, groups)
 
-    def _release(self, job: Job, parameters: Parameters, clients: int, state: ServerState) -> Release:
-        layout = layout_for(job, parameters.size)
+    def _release(self, job: Job, parameters: Parameters, layout: Layout, clients: int, state: ServerState) -> Release:
         if job.privacy.central is None:
             return PlainRelease(layout)
         plan = ReleasePlan.make(
@@ -288,14 +293,17 @@ class Deployment:
     def _heads(self) -> tuple[dict[str, Head], Head | None]:
         return newest_heads(self.folder.lines("heads.jsonl"), where=str(self.folder.path))
 
-    def _conclude(self, job: Job, state: ServerState, parameters: Parameters, names: list[str]) -> None:
+    def _conclude(
+        self, job: Job, strategy: Strategy, state: ServerState, parameters: Parameters, names: list[str]
+    ) -> None:
         if job.privacy.central is not None:  # Again after a crash: what was planned and not reserved is free.
             SiteBudget(Ledger(self.ledger, SERVER, self.key)).settle(job.hash)
         if state.release:  # With it and the model anyone could take the last round's noise away.
             save_checkpoint(replace(state, release={}), self.folder.checkpoint, job=job.hash)
         parameters.save(state.model, self.folder.model, {"job": job.hash, "round": str(state.round_number)})
         self._say("delivering")
-        without = self._deliver(Deliver(job.hash, state.round_number, state.model, vector_hash(state.model)), names)
+        handed = strategy.broadcast(state)  # More than the model where each site makes one of its own of it.
+        without = self._deliver(Deliver(job.hash, state.round_number, handed, vector_hash(handed)), names)
         self.folder.write("summary.json", self._summary(job, state, names, without))
         self._say("finished", f"not delivered to {', '.join(sorted(without))}" if without else "")
 

@@ -256,6 +256,11 @@ class GridTotal(Total):
             halves = 2 * contributions[self.layout.parameters + 1 + self.layout.metrics.index(BELOW_CLIP)]
             self.bits += round(halves) * _BIT_GRID.quantised_sum(np.full((1, 1), 0.5, np.float32))
 
+    def add_total(self, other: Total) -> None:
+        assert isinstance(other, GridTotal)
+        self.steps += other.steps
+        self.bits += other.bits
+
 
 _BIT_GRID = GaussianSum(clip_norm=0.5, noise_multiplier=1.0)  # Its grid is that of any `AdaptiveClip.bits`.
 

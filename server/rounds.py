@@ -60,7 +60,7 @@ def run_rounds(
     collector: Collector,
     release: Release,
     cohort: Callable[[int], list[str]],
-    evaluate: Callable[[Vector], Mapping[str, Any]],
+    evaluate: Callable[[ServerState], Mapping[str, Any]],
     record: Callable[[RoundResult], None],
     checkpoint: Callable[[ServerState], None],
     heads: Mapping[str, Head],
@@ -81,7 +81,7 @@ def run_rounds(
         asked = cohort(number)
         clip_norm = release.reserve(state, asked, witness)
         # Each site reserves the round in its own ledger before it touches data, and commits before it answers.
-        ask = ask_for(job.hash, number, state.model, witness, clip_norm)
+        ask = ask_for(job.hash, number, strategy.broadcast(state), witness, clip_norm)
         collected = collector.collect(ask, asked, release.total())
         if len(collected.contributors) < job.least_answers:
             raise RunError(
@@ -98,7 +98,7 @@ def run_rounds(
             raise Diverged(f"round {number}: the model diverged; lower training.learning_rate")
         witnessed.update(collected.heads)
         server_head = release.head
-        record(RoundResult(number, collected, dict(witnessed), server_head, evaluate(state.model), state.model))
+        record(RoundResult(number, collected, dict(witnessed), server_head, evaluate(state), state.model))
         checkpoint(state)
     return state
 

@@ -20,14 +20,16 @@ from privacy.secagg.roster import Roster
 from privacy.secagg.server import SecureServer
 from privacy.secagg.session import Terms
 from server.collect import Collected, Failure, Transport
+from strategies.job import Robust
 from strategies.messages import Ask, MalformedMessage, Refusal, Stage, Step, Stepped, check_stepped
-from strategies.secure import SecureSum, is_sound, reduced, rotation_of
+from strategies.robust import liars, reduced
+from strategies.secure import SecureSum, is_sound, rotation_of
 from strategies.total import Total
 
 
 @dataclass(frozen=True)
 class SecureCollector:
-    """Sums each of `groups` (names of sites; None: all who are asked are one) securely, and combines by `reduce`.
+    """Sums each of `groups` (names of sites; None: all who are asked are one) securely, and combines as `robust` says.
 
     Raises `RoundAborted` when too few are left for a sum to be shown: it names the stage, the count and the threshold.
     """
@@ -36,8 +38,8 @@ class SecureCollector:
     plan: SecureSum
     terms: Terms
     roster: Roster
+    robust: Robust
     groups: Sequence[Sequence[str]] | None = None
-    reduce: str = "sum"
 
     def collect(self, ask: Ask, sites: Sequence[str], total: Total) -> Collected:
         return _Round(self, ask, sites).run(total)
@@ -73,7 +75,8 @@ class _Round:
             sums = self._sums(groups, rotation)
         finally:
             self._forget()
-        total.add_sum(reduced(layout, sums, self.collector.reduce))
+        robust = self.collector.robust
+        total.add_sum(reduced(robust, layout, sums, byzantine=liars(robust, len(groups))))
         names = sorted(name for group in groups if group.lost is None for name in group.contributors)
         for site in self.sites:
             if site not in names:

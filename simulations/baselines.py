@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from client.data import class_count, feature_names
+from client.data import class_count
 from client.local import training_seed
+from client.reading import feature_count
 from client.site import SitePlan
 from client.tasks import initial_model
 from client.training import DeviceRecords, Trainer
@@ -57,20 +58,16 @@ def baselines(
 
 
 def _alone(federation: Federation, evaluation: Evaluation, start: Vector, train: Train) -> dict[str, Any]:
-    sites: dict[str, dict[str, float]] = {}
     rounds = _rounds(federation)
-    for name, data in federation.data.items():
+
+    def trained(name: str) -> Vector:
         federation.trainer.load(start)
-        records = federation.trainer.place(data.train)
+        records = federation.trainer.place(federation.data[name].train)
         for round_number in range(1, rounds + 1):
             train(records, name, round_number)
-        sites[name] = evaluation.one_site(federation.trainer.read().copy(), name)
-    rows = {name: len(data.test) for name, data in federation.data.items()}
-    means = {
-        metric: sum(sites[name][metric] * rows[name] for name in rows) / sum(rows.values())
-        for metric in next(iter(sites.values()))
-    }
-    return {**means, "sites": sites}
+        return federation.trainer.read().copy()
+
+    return evaluation.each(trained)
 
 
 def _rounds(federation: Federation) -> int:
@@ -91,9 +88,7 @@ def _pooled(federation: Federation, evaluation: Evaluation, start: Vector) -> di
             "sampling_rate": None,
         }
     )
-    model = initial_model(
-        federation.task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed
-    )
+    model = initial_model(federation.task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
     trainer = Trainer(federation.task, model, training)
     trainer.load(start)
     records = trainer.place(pooled(federation.data).train)

@@ -1,4 +1,4 @@
-"""`fedchorus simulate | plan | resume | report | scenarios`: what a researcher types. Heavy imports come late."""
+"""`fedchorus simulate | plan | resume | report | scenarios | ...`: what a researcher types. Heavy imports come late."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="resume", epilog="Example: fedchorus resume runs/hospitals-20260101-120000")(resume)
     app.command(name="report", epilog="Example: fedchorus report runs/hospitals-20260101-120000")(report)
     app.command(name="scenarios", epilog="Example: fedchorus scenarios --show hospitals > my-job.toml")(scenarios)
+    app.command(name="strategies", epilog="Example: fedchorus strategies")(strategies)
+    app.command(name="statistics", epilog="Example: fedchorus statistics runs/hospitals-statistics")(statistics)
+    app.command(name="schema", epilog="Example: fedchorus schema my-job.toml")(schema)
     app.command(name="plan", epilog="Example: fedchorus plan hospitals --set training.rounds=100")(plan)
 
 
@@ -92,6 +95,49 @@ def report(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) 
     typer.echo(json.dumps({"report": page}) if as_json else page)
 
 
+def statistics(
+    run: Annotated[Path, typer.Argument(help="A finished run of task statistics, or a file of one.", metavar="RUN")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show what a statistics job measured: means, deviations, quartiles, shares and missing values of all sites."""
+    from strategies.statistics import read_statistics
+
+    said = read_statistics(run)
+    if as_json:
+        typer.echo(json.dumps(said))
+        return
+    from rich.console import Console
+
+    from simulations.statistics_view import print_statistics
+
+    print_statistics(Console(), said)
+
+
+def schema(
+    job: Annotated[str, typer.Argument(help="A job whose records are here.", metavar="SCENARIO | JOB.toml")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the job.", metavar="KEY=VALUE")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say how each site's table differs from the job's schema, and in units from the others; exit 1 if any does."""
+    from simulations.scenarios import job_path
+    from simulations.schemas import schema_differences
+    from strategies.job import load_job
+
+    found = schema_differences(load_job(job_path(job), list(overrides or [])))
+    if as_json:
+        typer.echo(json.dumps({"sites": found}))
+    else:
+        for site, differences in found.items():
+            for difference in differences or ["as the schema says"]:
+                typer.echo(f"{site}: {difference}")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
 def scenarios(
     show: Annotated[str | None, typer.Option(help="Print one scenario's job file.", metavar="NAME")] = None,
     as_json: AsJson = False,
@@ -107,6 +153,27 @@ def scenarios(
     else:
         for name in scenario_names():
             typer.echo(f"{name:<24}{describe(name)}")
+
+
+def strategies(as_json: AsJson = False, verbose: Verbose = False) -> None:
+    """List the strategies, and which kinds of protection a job may have with each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from strategies.catalogue import STRATEGIES
+    from strategies.composition import matrix
+
+    table = matrix(STRATEGIES)
+    if as_json:
+        typer.echo(json.dumps(table))
+        return
+    shown = Table("strategy", *next(iter(table.values())), box=None)
+    for name, row in table.items():
+        shown.add_row(name, *("yes" if why is None else "no" for why in row.values()))
+    console = Console()
+    console.print(shown)
+    for why in dict.fromkeys(why for row in table.values() for why in row.values() if why):
+        console.print(f"no: {why}", highlight=False, soft_wrap=True, markup=False)
 
 
 def plan(
@@ -185,6 +252,7 @@ class _Watch:
         self._console, self._as_json, self._live = console, as_json, live
         self._interrupts = 0
         self._path: Path | None = None
+        self._measures = False
         self._status: Any = None
         self._table: Any = None
 
@@ -202,6 +270,8 @@ class _Watch:
         if summary is None:
             self.stopped()
         print_summary(self._console, summary, report=f"{summary['run']}/report.html")
+        if self._measures:
+            self._console.print(f"figures fedchorus statistics {summary['run']}", soft_wrap=True)
         if self._as_json:
             typer.echo(json.dumps(summary))
 
@@ -221,7 +291,7 @@ class _Watch:
     def _begin(self, path: Path, job: Any) -> None:
         from simulations.progress import RoundTable
 
-        self._path = path
+        self._path, self._measures = path, job.task.name == "statistics"
         self._say("")
         title = f"{job.name}: {job.training.rounds} rounds, {job.simulation.engine} engine, job {job.hash[:12]}"
         self._table = self._live.enter_context(RoundTable(self._console, rounds=job.training.rounds, title=title))

@@ -5,47 +5,81 @@ These figures are exact and no part of what a site sends; no differential privac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from client.data import SiteData
+from client.tasks import Scores
 from client.training import Trainer
 from simulations.federation import pooled
 from strategies.parameters import Vector
 
 
 class Evaluation:
-    """Scores models on all test rows together, and per site."""
+    """Scores models on all test rows together, and per site.
+
+    A metric is a mean over rows; what a task's `scores` says (an area under a curve, a concordance) is computed on all
+    rows at once. Of a site whose rows do not define a figure it is None, and so are all of a site without test rows.
+    """
 
     def __init__(self, trainer: Trainer, data: Mapping[str, SiteData]) -> None:
         test = pooled(data).test
         rows = trainer.place(test)
         self._trainer, self._features, self._targets = trainer, rows.features, rows.targets
         self._names = list(data)
-        self._sizes = np.array([len(site.test) for site in data.values()])
-        self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
+        ends = np.cumsum([len(site.test) for site in data.values()]).tolist()
+        self._rows = {name: slice(a, b) for name, a, b in zip(self._names, [0, *ends[:-1]], ends, strict=True)}
 
     def __call__(self, model: Vector) -> dict[str, Any]:
-        """`{metric: mean over all rows, "worst_site": NAME, "sites": {NAME: {metric: ..., "rows": n}}}`."""
+        """`{metric: figure over all rows, "worst_site": NAME, "sites": {NAME: {metric: ..., "rows": n}}}`."""
         self._trainer.load(model)
-        per_row = {
-            name: values.double().cpu().numpy()
-            for name, values in self._trainer.evaluate(self._features, self._targets).items()
-        }
-        means = {name: np.add.reduceat(values, self._starts) / self._sizes for name, values in per_row.items()}
+        outputs = self._trainer.outputs(self._features)
         sites = {
-            site: {**{name: float(mean[k]) for name, mean in means.items()}, "rows": int(self._sizes[k])}
-            for k, site in enumerate(self._names)
+            name: {**self._figures(outputs[rows], self._targets[rows]), "rows": rows.stop - rows.start}
+            for name, rows in self._rows.items()
         }
-        worst = min(sites, key=lambda site: (sites[site].get("accuracy", 0.0), -sites[site]["rows"]))
-        return {**{name: float(values.mean()) for name, values in per_row.items()}, "worst_site": worst, "sites": sites}
+        return {**_known(self._figures(outputs, self._targets)), "worst_site": _worst(sites), "sites": sites}
 
-    def one_site(self, model: Vector, site: str) -> dict[str, float]:
-        """The means of one site's test rows alone."""
+    def one_site(self, model: Vector, site: str) -> dict[str, float | None]:
+        """The figures of one site's test rows alone."""
         self._trainer.load(model)
-        k = self._names.index(site)
-        rows = slice(int(self._starts[k]), int(self._starts[k] + self._sizes[k]))
-        metrics = self._trainer.evaluate(self._features[rows], self._targets[rows])
-        return {name: float(values.double().mean()) for name, values in metrics.items()}
+        return self._figures(self._trainer.outputs(self._features[self._rows[site]]), self._targets[self._rows[site]])
+
+    def each(self, model_of: Callable[[str], Vector]) -> dict[str, Any]:
+        """Each site's model on its own test rows: over all rows together, and per site."""
+        outputs = []
+        for name in self._names:
+            self._trainer.load(model_of(name))
+            outputs.append(self._trainer.outputs(self._features[self._rows[name]]))
+        sites = {
+            name: self._figures(own, self._targets[self._rows[name]])
+            for name, own in zip(self._names, outputs, strict=True)
+        }
+        return {**_known(self._figures(torch.cat(outputs), self._targets)), "sites": sites}
+
+    def _figures(self, outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
+        task = self._trainer.task
+        figures = {name: float(values.double().mean()) for name, values in task.metrics(outputs, targets).items()}
+        if isinstance(task, Scores) and len(targets):
+            figures |= task.scores(outputs.cpu(), targets.cpu())
+        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _known(figures: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def _worst(sites: Mapping[str, Mapping[str, Any]]) -> str:
+    """The site of the least accuracy, or else of the largest loss; of equal ones the largest."""
+
+    def badness(name: str) -> tuple[float, int]:
+        accuracy, loss = sites[name].get("accuracy"), sites[name].get("loss")
+        bad = -accuracy if accuracy is not None else loss if loss is not None else -math.inf
+        return bad, sites[name]["rows"]
+
+    return max(sites, key=badness)

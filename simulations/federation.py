@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from client.data import (
-    Records,
-    SiteData,
-    class_count,
-    encode,
-    feature_names,
-    read_frame,
-    require_columns,
-    site_frames,
-    split,
-)
+from client.data import Records, SiteData, class_count, read_frame, require_columns, site_frames
 from client.local import LocalTraining
+from client.memory import SiteMemory, named
+from client.reading import feature_count, records_of, site_data
 from client.site import Files, Seat, Site, SitePlan
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
@@ -31,13 +23,18 @@ from privacy.events import GaussianEvent
 from privacy.noise import NoiseSource, OsNoise, SeededNoise
 from server.cohort import draw_cohort
 from server.release import ReleasePlan
-from simulations.faults import FaultySite, Handler
+from simulations.devices import Devices
+from simulations.faults import FaultySite, Handler, Lie, LyingSum, liars
 from simulations.partition import partition
+from simulations.synthetic import SETS
 from strategies.catalogue import strategy_for
+from strategies.composition import check_sites
 from strategies.job import Job
+from strategies.parameters import Vector
 from strategies.protocol import Strategy
+from strategies.robust import check_robust
 from strategies.secure import SecureSum
-from strategies.total import layout_for
+from strategies.total import Layout, layout_for
 
 
 def load_sites(job: Job) -> dict[str, SiteData]:
@@ -46,22 +43,19 @@ def load_sites(job: Job) -> dict[str, SiteData]:
     if data.bundled is None and data.path is None and data.files is None:
         raise JobError(f"job {job.name}: a simulation needs its records: give data.bundled, data.path or data.files")
     if job.simulation.partition is not None:
-        whole = encode(_one_table(job), data, where=data.bundled or data.path or "")
+        whole = records_of(_one_table(job), job, where=data.bundled or data.path or "")
         sites = partition(whole, job.simulation.partition, seed=job.seed)
     elif data.files is not None:
         paths = {name: Path(data.folder) / file for name, file in data.files.items()}
-        sites = {name: encode(read_frame(path, data), data, where=str(path)) for name, path in paths.items()}
+        sites = {name: records_of(read_frame(path, data), job, where=str(path)) for name, path in paths.items()}
     else:
-        assert data.path is not None
         assert data.client is not None
-        path = Path(data.folder) / data.path
-        frames = site_frames(read_frame(path, data), data.client, where=str(path))
-        sites = {name: encode(frame, data, where=f"{path}, site {name}") for name, frame in frames.items()}
+        where = data.bundled or str(Path(data.folder) / (data.path or ""))
+        frames = site_frames(_one_table(job), data.client, where=where, drop=data.on_missing == "drop")
+        sites = {name: records_of(frame, job, where=f"{where}, site {name}") for name, frame in frames.items()}
     if not sites:
         raise DataError(f"job {job.name}: the data have no site")
-    # The labels of other records must not decide who is trained on: not with privacy, unless the job insists.
-    stratify = data.stratify if data.stratify is not None else job.privacy.record is None
-    return {name: split(sites[name], data, site=name, stratify=stratify) for name in sorted(sites)}
+    return {name: site_data(sites[name], job, site=name) for name in sorted(sites)}
 
 
 @dataclass(frozen=True)
@@ -85,19 +79,21 @@ class Federation:
         if (job.cohort.separation or 1) > len(data):
             raise JobError(f"cohort.separation is {job.cohort.separation}, the job has {len(data)} sites")
         try:
-            model = initial_model(
-                task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed
-            )
+            model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
         except (RuntimeError, MemoryError) as error:
             raise JobError(f"task: the model cannot be built ({' '.join(str(error).split())})") from error
         trainer = Trainer(task, model, job.training)
         trainer.try_out(next(iter(data.values())).train)
+        received = strategy.broadcast(strategy.start(trainer.read(), sites=len(data)))
+        strategy.own_model(received, {}, trainer.parameters)  # It looks for the arrays that the job names.
         secure = None
         if job.secure_aggregation is not None:
             parameters = trainer.parameters
-            layout = layout_for(job, parameters.size)
+            layout = layout_for(job, parameters.size, strategy.traits)
             most = max(len(own.train) for own in data.values())
             secure = SecureSum.make(job, sites=len(data), layout=layout, layers=parameters.sizes, most_rows=most)
+        check_sites(job, list(data))
+        check_robust(job, sites=len(data), layout=layout_for(job, trainer.parameters.size, strategy.traits))
         return cls(job, data, task, trainer, strategy, secure)
 
     @cached_property
@@ -147,18 +143,40 @@ class Federation:
             secret=lambda number: self.noise("the cohort", number),
         )
 
+    @cached_property
+    def devices(self) -> Devices | None:
+        """What each site is, where the job puts the rounds on a virtual clock."""
+        return Devices.of(self.job, {name: len(own.train) for name, own in self.data.items()})
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_for(self.job, self.trainer.parameters.size, self.strategy.traits)
+
+    def own_model(self, received: Vector, files: Files) -> Vector:
+        """The model ((P,) float32) of a site that received this and keeps what is in `files`."""
+        traits, size = self.strategy.traits, self.trainer.parameters.size
+        memory = SiteMemory(files.memory, self.layout.memory).newest() if traits.remembers else None
+        kept = named(memory, {**traits.kept, **traits.own}, size) if memory is not None else {}
+        return self.strategy.own_model(received, kept, self.trainer.parameters)
+
     def client(self, name: str, plan: SitePlan, files: Files | None, seat: Seat | None = None) -> Handler:
         """The client of one site, wrapped in the faults that the job asks for."""
-        layout = layout_for(self.job, self.trainer.parameters.size)
+        layout, faults = self.layout, self.job.simulation.faults
+        records, lie = self.data[name].train, None
+        if name in self._liars:
+            lie = Lie(faults, self.names.index(name), self.job.seed, layout.parameters)
+            records = lie.told(records, class_count(self.job.data))
+            seat = replace(seat, plan=LyingSum.by(lie, seat.plan)) if seat is not None else None
         training = LocalTraining(
             name,
             job=self.job,
             plan=plan,
             strategy=self.strategy,
             trainer=self.trainer,
-            records=self.data[name].train,
+            records=records,
             layout=layout,
             noise=lambda round_number: self.noise(name, round_number),
+            pace=self.devices.pace(name) if self.devices is not None else None,
         )
         site = Site(
             name,
@@ -171,10 +189,13 @@ class Federation:
             simulation=True,
             seat=seat,
         )
-        faults = self.job.simulation.faults
-        if faults.dropout + faults.malformed == 0:
+        if faults.dropout + faults.malformed == 0 and lie is None:
             return site
-        return FaultySite(site, self.names.index(name), faults, self.job.seed)
+        return FaultySite(site, self.names.index(name), faults, self.job.seed, lie)
+
+    @cached_property
+    def _liars(self) -> frozenset[str]:
+        return liars(self.names, self.job.simulation.faults, seed=self.job.seed)
 
     def noise(self, name: str, round_number: int) -> NoiseSource:
         """The noise source of one site, or of something that no site can be called, in one round."""
@@ -225,9 +246,12 @@ def _one_table(job: Job) -> pd.DataFrame:
         return read_frame(Path(job.data.folder) / job.data.path, job.data)
     from sklearn.datasets import load_breast_cancer, load_digits
 
-    if job.data.bundled == "digits":
+    frame: pd.DataFrame
+    if job.data.bundled is not None and job.data.bundled in SETS:
+        frame = SETS[job.data.bundled]().table
+    elif job.data.bundled == "digits":
         digits = load_digits(as_frame=True)
-        frame: pd.DataFrame = digits.data.assign(digit=digits.target)
+        frame = digits.data.assign(digit=digits.target)
     else:
         tumours = load_breast_cancer(as_frame=True)
         frame = tumours.data.assign(malignant=1 - tumours.target)

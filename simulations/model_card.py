@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from client.data import class_count, feature_names
+from client.reading import feature_count
 from simulations.secure_sums import who_may_lie, who_saw_what
 from strategies.job import ClientPrivacy, Job, RecordPrivacy
 from strategies.parameters import Parameters
+from strategies.statistics import TASK, blocks_of
 
 
 def model_card(job: Job, summary: Mapping[str, Any], parameters: Parameters) -> str:
     """Markdown. Figures on test rows are those of the simulation."""
     shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, shape))} |" for name, shape in parameters.shapes.items())
     figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items())
-    features = ", ".join(f"`{name}`" for name in feature_names(job.data))
+    names = feature_names(job.data)
+    if job.task.name == TASK:
+        names = [f"{block.kind} of {block.column}" for block in blocks_of(job.data, job.task)]
+    features = ", ".join(f"`{name}`" for name in names)
     return f"""# {job.name}
 
 A federated `{job.task.name}` model ({job.task.model}), trained by {job.strategy.name} over {summary["rounds"]} rounds
@@ -35,11 +40,11 @@ On the test rows of all sites together; nobody trained on them.
 
 ## Input and parameters
 
-Target: `{job.data.target}`, {class_count(job.data)} classes. {len(feature_names(job.data))} features, in this order:
+Target: `{job.data.target}`, {class_count(job.data)} classes. {feature_count(job)} features, in this order:
 {features}.
 
-Numbers are clipped to the job's public ranges and mapped onto [-1, 1]; each category becomes indicators of all its
-values but the first. `job.toml` has the constants.
+Numbers are clipped to the job's public ranges and mapped onto [-1, 1], or standardised where it gives a mean and a
+deviation; each category becomes indicators of all its values but the first. `job.toml` has the constants.
 
 `model.safetensors` holds {parameters.size} float32 parameters:
 

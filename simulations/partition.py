@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +25,7 @@ def partition(records: Records, how: Partition, *, seed: int) -> dict[str, Recor
 def _by_mix(records: Records, mix: dict[str, SiteMix], seed: int) -> dict[str, Records]:
     rng = np.random.default_rng([seed, 1])
     left = {label: rng.permutation(np.flatnonzero(records.target == label)) for label in (0, 1)}
-    if len(records) != sum(len(rows) for rows in left.values()):
+    if records.target.dtype != np.int64 or len(records) != sum(len(rows) for rows in left.values()):
         raise JobError("simulation.partition.mix needs a target of two classes; use clients and alpha instead")
     sites: dict[str, Records] = {}
     for name, site in mix.items():
@@ -41,15 +43,19 @@ def _by_mix(records: Records, mix: dict[str, SiteMix], seed: int) -> dict[str, R
 
 
 def _by_dirichlet(records: Records, clients: int, alpha: float, least_rows: int, seed: int) -> dict[str, Records]:
-    """Spread each class over the clients by a Dirichlet(alpha) draw (Hsu et al. 2019, arXiv:1909.06335, sec. 4)."""
+    """Spread each class over the clients by a Dirichlet(alpha) draw (Hsu et al. 2019, arXiv:1909.06335, sec. 4).
+
+    A target that is no class counts by its tenth of all targets, of a time the time; a window of text as one class.
+    """
     if clients * least_rows > len(records):
         raise JobError(
             f"simulation.partition: {len(records)} rows cannot give {clients} clients {least_rows} rows each; "
             f"at most {len(records) // least_rows} clients fit"
         )
     rng = np.random.default_rng([seed, 2])
+    labels = _labels(records.target)
     for _ in range(MAX_DRAWS):
-        owner = _draw_owners(records.target, clients, alpha, rng)
+        owner = _draw_owners(labels, clients, alpha, rng)
         if np.bincount(owner, minlength=clients).min() >= least_rows:
             width = len(str(clients - 1))
             return {f"client-{k:0{width}}": records.take(np.flatnonzero(owner == k)) for k in range(clients)}
@@ -57,6 +63,13 @@ def _by_dirichlet(records: Records, clients: int, alpha: float, least_rows: int,
         f"simulation.partition: no draw of {MAX_DRAWS} gave every one of {clients} clients {least_rows} rows at "
         f"alpha = {alpha:g}; raise alpha, lower least_rows, or use fewer clients"
     )
+
+
+def _labels(target: NDArray[Any]) -> NDArray[np.int64]:
+    if target.dtype != np.int64:
+        value = target if target.ndim == 1 else target[:, 0]
+        return np.searchsorted(np.quantile(value, np.arange(1, 10) / 10), value).astype(np.int64)
+    return target if target.ndim == 1 else np.zeros(len(target), dtype=np.int64)
 
 
 def _draw_owners(target: NDArray[np.int64], clients: int, alpha: float, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -44,6 +44,7 @@ from server.release import ReleasePlan, secret_rate
 from simulations.secure_sums import planned
 from strategies.job import Job, Protection, TaskChoice
 from strategies.secure import SecureSum
+from strategies.statistics import TASK, blocks_of, size_of
 from strategies.total import Layout
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -70,17 +71,22 @@ def training_rows(job: Job) -> dict[str, int]:
 
 
 def parameter_count(job: Job) -> int:
-    """Count the trainable parameters of the job's model; of a task of one's own, by building it."""
-    # From the declared columns: `client.data`, which names the features, would load pandas.
+    """Count the trainable parameters of the job's model; of most tasks, by building it."""
+    if job.task.name == TASK:
+        return size_of(blocks_of(job.data, job.task))
     columns = job.data.columns.values()
-    features = sum(1 if column.type == "number" else len(column.values or []) - 1 for column in columns)
-    classes = len(job.data.classes or (0, 1))
-    if job.task.name == TaskChoice().name:
+    simple = all(column.type in ("number", "category") for column in columns)
+    if simple and job.task.name == TaskChoice().name and job.task.model in ("logistic-regression", "mlp"):
+        # From the declared columns: `client.data`, which names the features, would load pandas.
+        features = sum(1 if column.type == "number" else len(column.values or []) - 1 for column in columns)
+        classes = len(job.data.classes or (0, 1))
         hidden = job.task.hidden if job.task.model == "mlp" else []
         return sum((a + 1) * b for a, b in pairwise([features, *hidden, 1 if classes == 2 else classes]))
+    from client.data import class_count
+    from client.reading import feature_count
     from client.tasks import initial_model, task_for
 
-    model = initial_model(task_for(job), features=features, classes=classes, seed=job.seed)
+    model = initial_model(task_for(job), features=feature_count(job), classes=class_count(job.data), seed=job.seed)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

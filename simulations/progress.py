@@ -14,6 +14,7 @@ from rich.table import Table
 
 from simulations.secure_sums import who_may_lie, who_saw_what
 
+HEADLINES = ("accuracy", "c_index", "wape", "rmse")  # The first that a task has is shown by name.
 COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "of a site", "answered", "seconds", "ETA")
 WIDTHS = (8, 9, 10, 26, 9, 11, 10, 9, 8)
 SECURE_COLUMNS = ("KB up", "sum (s)")  # A site's upload in a round, and the time that summing securely took.
@@ -27,6 +28,7 @@ class RoundTable:
         self._console, self._rounds, self._title = console, rounds, title
         self._rows: list[tuple[str, ...]] = []
         self._seconds: list[float] = []
+        self._headline = HEADLINES[0]
         self._columns: tuple[str, ...] = COLUMNS
         self._widths: tuple[int, ...] = WIDTHS
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -50,11 +52,14 @@ class RoundTable:
         left = (self._rounds - line["round"]) * sum(self._seconds) / len(self._seconds)
         worst = line["worst_site"]
         epsilons = line["epsilon"].values()
+        if not self._rows:
+            self._headline = headline(line)
+            self._columns = tuple(self._headline if column == "accuracy" else column for column in self._columns)
         row: tuple[str, ...] = (
             f"{line['round']}/{self._rounds}",
             figure(line.get("loss"), 4),
-            figure(line.get("accuracy"), 3),
-            f"{worst} {figure(line['sites'][worst].get('accuracy'), 3)}",
+            figure(line.get(self._headline), 3),
+            f"{worst} {figure(line['sites'][worst].get(self._headline), 3)}",
             figure(max(epsilons, default=None), 3),
             figure(line.get("epsilon_client"), 3),
             f"{len(line['contributors'])}/{len(line['contributors']) + len(line['failures'])}",
@@ -62,7 +67,8 @@ class RoundTable:
             time.strftime("%M:%S" if left < 3600 else "%H:%M:%S", time.gmtime(left)),
         )
         if (secure := line.get("secure")) is not None:
-            self._columns, self._widths = (*COLUMNS, *SECURE_COLUMNS), (*WIDTHS, *SECURE_WIDTHS)
+            if not self._rows:
+                self._columns, self._widths = (*self._columns, *SECURE_COLUMNS), (*WIDTHS, *SECURE_WIDTHS)
             row += (f"{secure['upload_bytes'] / 1000:.1f}", f"{secure['seconds']:.2f}")
         if self._live is None and not self._rows:  # The first line says which columns there are.
             self._print_plain(self._columns)
@@ -86,14 +92,22 @@ class RoundTable:
         return table
 
 
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The metric that says how a model of this task does."""
+    return next((name for name in HEADLINES if metrics.get(name) is not None), HEADLINES[0])
+
+
 def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) -> None:
     """The comparison, the sites and what to do next."""
-    table = Table("", "accuracy", "loss", box=box.SIMPLE_HEAD, title="On all sites' test rows", title_justify="left")
-    rows = {"federated (this run)": summary["metrics"], **_comparison(summary)}
+    shown = headline(summary["metrics"])
+    others = [name for name in summary["metrics"] if name != shown]
+    table = Table("", shown, *others, box=box.SIMPLE_HEAD, title="On all sites' test rows", title_justify="left")
+    own = {"each site's own model (this run)": summary["personal"]} if summary.get("personal") else {}
+    rows = {"federated (this run)": summary["metrics"], **own, **_comparison(summary)}
     for name, metrics in rows.items():
-        table.add_row(name, figure(metrics.get("accuracy"), 3), figure(metrics.get("loss"), 4))
+        table.add_row(name, figure(metrics.get(shown), 3), *(figure(metrics.get(other), 4) for other in others))
     console.print(table)
-    sites = Table("site", "train", "test", "accuracy", "alone", "epsilon", "delta", "noise", box=box.SIMPLE_HEAD)
+    sites = Table("site", "train", "test", shown, "alone", "epsilon", "delta", "noise", box=box.SIMPLE_HEAD)
     alone = summary["baselines"].get("local", {}).get("sites", {})
     listed = list(summary["sites"].items())
     for name, site in listed[:20]:
@@ -101,8 +115,8 @@ def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) 
             name,
             str(site["train_rows"]),
             str(site["test_rows"]),
-            figure(site.get("accuracy"), 3),
-            figure(alone.get(name, {}).get("accuracy"), 3),
+            figure(site.get(shown), 3),
+            figure(alone.get(name, {}).get(shown), 3),
             figure(site["epsilon"], 3),
             "-" if site["delta"] is None else f"{site['delta']:g}",
             figure(site["noise_multiplier"], 3),

@@ -11,10 +11,18 @@ from privacy.secagg.session import Shape
 from privacy.secagg.view import BOX
 from privacy.secagg.wire import ADVERT, SECRET, SIGNATURE, Kind, u16, write, write_slots, write_table
 from strategies.cohort import public_cohort
-from strategies.job import Job
-from strategies.secure import SecureSum, groups_of, left_out
+from strategies.job import Job, Robust
+from strategies.robust import liars, most_borne
+from strategies.secure import SecureSum, groups_of
 
 Figures = Mapping[str, Any]
+NAMED = {
+    "median": "median",
+    "trimmed-mean": "trimmed mean",
+    "krum": "Krum choice",
+    "multi-krum": "multi-Krum mean",
+    "geometric-median": "geometric median",
+}
 
 
 def planned(job: Job, sums: SecureSum, names: Sequence[str]) -> dict[str, Any]:
@@ -42,8 +50,9 @@ def protection(job: Job, sums: SecureSum) -> dict[str, Any]:
     secure, shape = job.secure_aggregation, sums.shape
     assert secure is not None
     return {
-        "groups": secure.groups,
-        "reduce": secure.reduce,
+        "groups": job.secure_groups,
+        **({"regions": list(job.regions)} if job.regions else {}),
+        "reduce": job.robust.reduce,
         "sites_in_a_sum": shape.clients,
         "fewest_in_a_sum": shape.minimum,
         "colluders": secure.colluders,
@@ -52,6 +61,7 @@ def protection(job: Job, sums: SecureSum) -> dict[str, Any]:
         "neighbours": shape.degree,
         "dropouts": shape.dropouts,
         "bits": secure.bits,
+        **({} if job.robust.plain else {"byzantine": liars(job.robust, secure.groups)}),
     }
 
 
@@ -65,7 +75,10 @@ def lying_groups(figures: Figures) -> int:
     groups, reduce = figures.get("groups"), figures.get("reduce")
     if not isinstance(groups, int) or groups < 1:
         return 0
-    return {"median": (groups - 1) // 2, "trimmed-mean": left_out(groups)}.get(str(reduce), 0)
+    most, stated = most_borne(str(reduce), groups), figures.get("byzantine")
+    if reduce in ("median", "geometric-median"):
+        return most
+    return min(most, stated if isinstance(stated, int) else liars(Robust(), groups))
 
 
 def who_saw_what(figures: Figures, count: Callable[[object], str] = str) -> str:
@@ -76,10 +89,11 @@ def who_saw_what(figures: Figures, count: Callable[[object], str] = str) -> str:
     seen = (
         f"the server sees one sum of {said['sites_in_a_sum']} sites a round and no update by itself"
         if alone
-        else f"the server sees a sum for each of {count(groups)} groups of {said['sites_in_a_sum']} sites or one more, "
-        "and no update by itself"
+        else f"the server sees a sum for each of {count(groups)} "
+        f"{'regions' if figures.get('regions') else 'groups'} of {said['sites_in_a_sum']} sites or "
+        f"{'more' if figures.get('regions') else 'one more'}, and no update by itself"
     )
-    where = "" if alone else " of its group, not of all"
+    where = "" if alone else " of its region, not of all" if figures.get("regions") else " of its group, not of all"
     league = (
         "" if not figures.get("colluders") else f", even with {said['colluders']} of them in league with the server"
     )
@@ -91,8 +105,7 @@ def who_saw_what(figures: Figures, count: Callable[[object], str] = str) -> str:
 
 def who_may_lie(figures: Figures, count: Callable[[object], str] = str) -> str | None:
     """Say how many groups the reduction bears that lie or are lost; None where everything is one sum."""
-    groups, named = figures.get("groups"), {"median": "median", "trimmed-mean": "trimmed mean"}
-    how = named.get(str(figures.get("reduce")))
+    groups, how = figures.get("groups"), NAMED.get(str(figures.get("reduce")))
     if how is None:
         return None
     borne = count(lying_groups(figures))

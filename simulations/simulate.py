@@ -23,24 +23,28 @@ from privacy.ledger import SERVER, Head, Ledger, LedgerView
 from privacy.secagg.client import InMemory
 from privacy.secagg.roster import Member, Roster
 from server.checkpoint import load_checkpoint, save_checkpoint
-from server.collect import PlainCollector, Transport
+from server.collect import Collector, Transport, collector_for
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
 from server.rounds import RoundResult, heads_line, newest_heads, run_rounds
 from server.secure import SecureCollector
+from simulations.asynchronous import BufferedCollector
 from simulations.baselines import baselines
+from simulations.devices import DeviceTransport, VirtualClock
 from simulations.evaluation import Evaluation
 from simulations.faults import Handler
 from simulations.federation import Federation, plan_record, release_record
 from simulations.inline import InlineTransport
 from simulations.model_card import model_card
+from simulations.regions import RegionCollector
 from simulations.report import render_report
 from simulations.run_folder import RunFolder, fresh_path
 from simulations.secure_sums import protection
+from strategies.fedbuff import FedBuff
 from strategies.job import Job
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
 from strategies.secure import groups_of
-from strategies.total import Layout, layout_for
+from strategies.total import Layout
 
 MANY_PLANS = 8  # With more kinds of plan than this, a round's epsilon is computed for the costliest sites alone.
 
@@ -191,6 +195,8 @@ class _Run:
     _round_began: float = 0.0
     _stores: dict[str, InMemory] = field(default_factory=dict)
     _stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    _clock: VirtualClock = field(default_factory=VirtualClock)
+    _buffered: BufferedCollector | None = None
 
     def finish(self) -> dict[str, Any] | None:
         with self.folder.locked():
@@ -198,7 +204,7 @@ class _Run:
                 self._views = self._open_ledgers()
                 self._accounts = {name: LedgerAccounts(view) for name, view in self._views.items()}
             parameters, start = Parameters.load(self.folder.initial_model)
-            state = ServerState(start)
+            state = self.federation.strategy.start(start, sites=len(self.federation.names))
             if self.folder.checkpoint.exists():
                 state = load_checkpoint(self.folder.checkpoint, job=self.job.hash)
                 if state.model.shape != start.shape or state.round_number > len(self.folder.lines("metrics.jsonl")):
@@ -246,12 +252,14 @@ class _Run:
     def _train(self, state: ServerState, evaluation: Evaluation) -> ServerState:
         finished = [state]
         heads, server_head = self._heads()
-        release = self._open_release(layout_for(self.job, self.federation.trainer.parameters.size), state, server_head)
+        release = self._open_release(self.federation.layout, state, server_head)
         roster = self._roster()
 
         def drive(transport: Transport) -> None:
             self._round_began = time.perf_counter()
-            collector = PlainCollector(transport) if roster is None else self._secure_collector(transport, roster)
+            collector = (
+                self._plain_collector(transport) if roster is None else self._secure_collector(transport, roster)
+            )
             finished[0] = run_rounds(
                 state,
                 job=self.job,
@@ -259,7 +267,7 @@ class _Run:
                 collector=collector,
                 release=release,
                 cohort=self.federation.cohort,
-                evaluate=evaluation,
+                evaluate=lambda state: self._scores(evaluation, state),
                 record=self._record,
                 checkpoint=lambda after: save_checkpoint(after, self.folder.checkpoint, job=self.job.hash),
                 heads=heads,
@@ -279,8 +287,21 @@ class _Run:
             timeout_s = self.job.cohort.deadline_s or TIMEOUT_S
             run_on_flower(self.folder.path, len(self.federation.names), drive_flower, timeout_s=timeout_s)
         else:
-            drive(InlineTransport(lambda name: self._client(name, roster)))
+            drive(self._on_the_clock(self._inline(roster)))
         return finished[0]
+
+    def _inline(self, roster: Roster | None) -> InlineTransport:
+        return InlineTransport(lambda name: self._client(name, roster))
+
+    def _on_the_clock(self, transport: Transport) -> Transport:
+        """With devices, answers come when their virtual clock says."""
+        devices = self.federation.devices
+        if devices is None:
+            return transport
+        lines = self.folder.lines("metrics.jsonl")
+        self._clock.now = float(lines[-1]["virtual_seconds"]) if lines else 0.0
+        observed = bool(self.job.privacy.at_sites) or self.federation.strategy.traits.remembers
+        return DeviceTransport(transport, devices, self._clock, observed)
 
     def _roster(self) -> Roster | None:
         if self.federation.secure is None:
@@ -297,12 +318,30 @@ class _Run:
             seat = Seat(self.federation.secure, roster, store, self._stopwatch)
         return self.federation.client(name, self.plans[name], self.folder.files_of(name), seat)
 
+    def _plain_collector(self, transport: Transport) -> Collector:
+        strategy, devices = self.federation.strategy, self.federation.devices
+        if isinstance(strategy, FedBuff) and devices is not None:
+            self._buffered = BufferedCollector(self._inline(None), strategy, devices, self._clock)
+            return self._buffered
+        if self.job.regions:
+            return RegionCollector(transport, self.job.regions)
+        return collector_for(self.job, transport)
+
     def _secure_collector(self, transport: Transport, roster: Roster) -> SecureCollector:
         plan, secure = self.federation.secure, self.job.secure_aggregation
         assert plan is not None
         assert secure is not None
-        groups = groups_of(self.job, self.federation.names) if secure.groups > 1 else None
-        return SecureCollector(transport, plan, plan.terms(self.job, roster), roster, groups, secure.reduce)
+        groups = groups_of(self.job, self.federation.names) if self.job.secure_groups > 1 else None
+        return SecureCollector(transport, plan, plan.terms(self.job, roster), roster, self.job.robust, groups)
+
+    def _scores(self, evaluation: Evaluation, state: ServerState) -> dict[str, Any]:
+        """How the model does, and how each site's own does there, where the strategy makes one."""
+        scores, strategy = evaluation(state.model), self.federation.strategy
+        if strategy.traits.personal:
+            received = strategy.broadcast(state)
+            own = {n: self.federation.own_model(received, self.folder.files_of(n)) for n in self.federation.names}
+            scores["personal"] = evaluation.each(own.__getitem__)
+        return scores
 
     def _record(self, result: RoundResult) -> None:
         collected = result.collected
@@ -322,6 +361,11 @@ class _Run:
             cost["seconds"] += self._stopwatch.seconds  # What the sites in this process took for masking.
             self._stopwatch.seconds = 0.0
             line["secure"] = {key: round(value, 4) for key, value in cost.items()}
+        if self.federation.devices is not None:
+            line["virtual_seconds"] = round(self._clock.now, 6)
+        if self._buffered is not None:
+            line["staleness"] = self._buffered.staleness(result.round_number)
+            line["began"] = self._buffered.began
         self._round_began = time.perf_counter()
         if result.heads or result.server_head:
             self.folder.append("heads.jsonl", heads_line(result.round_number, result.heads, result.server_head))
@@ -367,7 +411,7 @@ class _Run:
         self._settle()
         if state.release:  # With it and the model anyone could take the last round's noise away.
             save_checkpoint(replace(state, release={}), self.folder.checkpoint, job=self.job.hash)
-        scores = evaluation(state.model)
+        scores = self._scores(evaluation, state)
         compared: dict[str, Any] = {}
         if self.job.simulation.baselines:
             compared = baselines(self.federation, evaluation, self.plans, start, progress=self.watcher.status)
@@ -434,7 +478,8 @@ class _Run:
             "engine": self.job.simulation.engine,
             "seed": self.job.seed,
             "job_hash": self.job.hash,
-            "metrics": {key: scores[key] for key in scores if key not in ("sites", "worst_site")},
+            "metrics": {key: scores[key] for key in scores if key not in ("sites", "worst_site", "personal")},
+            "personal": scores.get("personal"),
             "sites": sites,
             "baselines": compared,
             "epsilon": {

@@ -5,13 +5,38 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from privacy.errors import JobError
-from strategies.job import Job
+from strategies.composition import check_composition
+from strategies.explain import one_line
+from strategies.job import Job, StrategyChoice
+from strategies.partial import PartialAverage, shares_of
 from strategies.protocol import Strategy
 
-STRATEGIES: Mapping[str, str] = {"fedavg": "strategies.fedavg:FedAvg"}
+STRATEGIES: Mapping[str, str] = {
+    "fedavg": "strategies.fedavg:FedAvg",
+    "fedavgm": "strategies.fedavgm:FedAvgM",
+    "fedadagrad": "strategies.fedopt:FedAdagrad",
+    "fedadam": "strategies.fedopt:FedAdam",
+    "fedyogi": "strategies.fedopt:FedYogi",
+    "fedprox": "strategies.fedprox:FedProx",
+    "scaffold": "strategies.scaffold:Scaffold",
+    "fednova": "strategies.fednova:FedNova",
+    "feddyn": "strategies.feddyn:FedDyn",
+    "q-ffl": "strategies.qffl:QFfl",
+    "fedbn": "strategies.fedper:FedBn",
+    "fedper": "strategies.fedper:FedPer",
+    "fedrep": "strategies.fedper:FedRep",
+    "ditto": "strategies.ditto:Ditto",
+    "pfedme": "strategies.pfedme:PFedMe",
+    "ifca": "strategies.ifca:Ifca",
+    "fedbuff": "strategies.fedbuff:FedBuff",
+}
+METHODS = ("start", "broadcast", "contribution", "personalise", "own_model", "step")
 
 
 def resolve(name: str, known: Mapping[str, str], *, key: str) -> Any:
@@ -55,9 +80,38 @@ def _line(error: Exception) -> str:
 
 
 def strategy_for(job: Job) -> Strategy:
-    """The job's strategy; both the server and the clients build it from the same job."""
+    """The job's strategy; both the server and the clients build it from the same job.
+
+    Raises `JobError` for settings that it does not have, and for a job that it cannot work in.
+    """
     kind = resolve(job.strategy.name, STRATEGIES, key="strategy.name")
-    choice = job.strategy
-    settings = {"weighting": choice.weighting, "server_learning_rate": choice.server_learning_rate}
-    strategy: Strategy = build(kind, ("contribution", "step"), key="strategy.name", **settings)
-    return strategy
+    strategy: Strategy = build(kind, METHODS, key="strategy.name", **_settings(kind, job.strategy))
+    check_composition(job, strategy.traits)
+    shares = shares_of(job)
+    return PartialAverage(strategy, shares) if shares else strategy
+
+
+def _settings(kind: Any, choice: StrategyChoice) -> dict[str, Any]:
+    """What the job says of the strategy's own settings, each held to the type that its class declares."""
+    given = {"weighting": choice.weighting, **(choice.model_extra or {})}
+    if choice.server_learning_rate is not None:
+        given["server_learning_rate"] = choice.server_learning_rate
+    if not is_dataclass(kind) or not isinstance(kind, type):
+        return given
+    try:
+        hints = get_type_hints(kind, include_extras=True)
+    except NameError:  # A user's class that imports its types for a type checker alone.
+        hints = {}
+    known = [field.name for field in fields(kind) if field.init]
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, ["name", *known], n=1)
+            hint = f"did you mean strategy.{close[0]}?" if close else f"{choice.name} has {', '.join(known)}"
+            raise JobError(f"unknown key strategy.{name}; {hint}")
+        try:
+            given[name] = TypeAdapter(hints.get(name, Any)).validate_python(value, strict=not isinstance(value, list))
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            said = message[0].lower() + message[1:]
+            raise JobError(f"strategy.{name}: {said.removeprefix('input ')}, got {one_line(repr(value))}") from None
+    return given

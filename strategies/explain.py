@@ -48,7 +48,8 @@ def _explained(problem: Any, model: type[BaseModel], whole: str, patterns: Mappi
         case "missing":
             return f"{key} is missing"
         case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
+            said = str(problem["ctx"]["error"])
+            return said if said.startswith("unknown key ") else f"{key}: {said}"
         case "model_type" | "dict_type":
             return f"{key}: should be a table, got {got!r}"
         case "string_pattern_mismatch":
@@ -67,7 +68,8 @@ def _nearest(location: list[str], model: type[BaseModel]) -> str:
     here = [name for table, name in known if len(table) == len(parent) and all(map(_fits, table, parent))]
     near = {name: ".".join([*parent, name]) for name in here}
     elsewhere = {name: ".".join([*table, name]) for table, name in reversed(known) if "*" not in table}
-    for names, cutoff in ((near, 0.6), (elsewhere, 0.75)):
+    # The very key elsewhere, then one like it here, then one much like it elsewhere.
+    for names, cutoff in ((elsewhere, 1.0), (near, 0.6), (elsewhere, 0.75)):
         if close := difflib.get_close_matches(unknown, names, n=1, cutoff=cutoff):
             return f"; did you mean {names[close[0]]}?"
     return f"; known here: {', '.join(here)}" if here else ""

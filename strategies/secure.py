@@ -25,6 +25,7 @@ from privacy.secagg.ring import Ring
 from privacy.secagg.roster import Roster
 from privacy.secagg.session import Shape, Terms
 from strategies.cohort import public_cohort
+from strategies.composition import check_sites
 from strategies.job import Job, SecureAggregation
 from strategies.parameters import Vector
 from strategies.total import Layout
@@ -32,7 +33,6 @@ from strategies.total import Layout
 REACH = 8.0  # No number in an update of a model that trains is larger.
 MOST_ROWS = 512  # ... and where updates are weighted by rows, that much larger again.
 DEVIATIONS = 12.0  # Local noise is longer with a chance of 1e-32 a coordinate.
-TRIMMED = 4  # A trimmed mean leaves out a quarter of the groups at each end, at least one.
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class SecureSum:
         try:
             shape = _shape(job, secure, smallest)
         except JobError as error:
-            raise JobError(f"secure_aggregation: {error}") from None
+            where = f"regions: in the smallest, of {smallest} sites, " if job.regions else "secure_aggregation: "
+            raise JobError(f"{where}{error}") from None
         distributed = _distributed(job, shape, sites, clients, layout.parameters)
         body = layout.parameters if distributed is None else distributed.noise.dimension
         ring = Ring(secure.bits, body, layout.size - layout.parameters)
@@ -145,43 +146,21 @@ class SecureSum:
 
 
 def groups_of(job: Job, sites: Sequence[str]) -> list[list[str]]:
-    """Who is summed with whom: everyone, or the job's groups, the same in every round and for everybody who asks."""
+    """Who is summed with whom: everyone, the job's regions, or its groups, the same in every round and for everybody
+    who asks. Raises `JobError` for regions of other sites: one might be smaller than it says."""
     secure = job.secure_aggregation
     assert secure is not None
+    if job.regions:
+        check_sites(job, sites)
+        return [sorted(region) for region in job.regions.values()]
     order = sorted(sites, key=lambda name: hashlib.sha256(f"{job.seed} group {name}".encode()).digest())
     return [sorted(order[number :: secure.groups]) for number in range(secure.groups)]
-
-
-def reduced(layout: Layout, groups: Sequence[NDArray[np.float64]], reduce: str) -> NDArray[np.float64]:
-    """What stands for the sum when groups may lie: their number times the median or trimmed mean of their means.
-
-    `groups`: each group's sum of contributions ((layout.size,) float64), as `is_sound` says. Up to the groups left out
-    at each end, one that lies in every coordinate moves the result no further than the honest ones reach
-    (Yin et al. 2018, ICML, arXiv:1803.01498, over groups in place of clients), and its weight counts as the median
-    group's. Metric sums are added up: they steer nothing.
-    """
-    sums = np.stack(groups)
-    whole = np.asarray(sums.sum(axis=0))
-    if reduce == "sum":
-        return whole
-    weights = sums[:, layout.parameters]
-    means = np.sort(sums[:, : layout.parameters] / weights[:, None], axis=0)
-    cut = left_out(len(groups)) if reduce == "trimmed-mean" else (len(groups) - 1) // 2
-    weight = np.median(weights) * len(groups)
-    whole[: layout.parameters] = means[cut : len(groups) - cut].mean(axis=0) * weight
-    whole[layout.parameters] = weight
-    return whole
 
 
 def is_sound(layout: Layout, contributions: NDArray[np.float64], *, equal_weights: int | None) -> bool:
     """Whether a sum of contributions can be one of honest sites: a weight above zero, or theirs where all weigh 1."""
     weight = contributions[layout.parameters]
     return bool(weight > 0 if equal_weights is None else weight == equal_weights)
-
-
-def left_out(groups: int) -> int:
-    """How many groups a trimmed mean leaves out at each end."""
-    return min(max(1, groups // TRIMMED), (groups - 1) // 2)
 
 
 def rotation_of(round_number: int, model: str) -> bytes:
@@ -193,6 +172,9 @@ def _sizes(job: Job, sites: int) -> tuple[int, int]:
     """The fewest and the most that are asked for one sum."""
     secure = job.secure_aggregation
     assert secure is not None
+    if job.regions:
+        sizes = [len(region) for region in job.regions.values()]
+        return min(sizes), max(sizes)
     asked = min(job.cohort.size or sites, sites)
     return asked // secure.groups, -(-asked // secure.groups)
 

@@ -16,6 +16,7 @@ from strategies.parameters import Vector
 
 if TYPE_CHECKING:
     from strategies.job import Job
+    from strategies.protocol import Traits
 
 TRAINING_METRICS = ("loss", "examples")
 BELOW_CLIP = "below_clip"
@@ -24,22 +25,40 @@ BELOW_CLIP = "below_clip"
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things stand in a contribution: `parameters` update values, one weight, then one sum per metric."""
+    """Where things stand in a contribution: `parameters` update values, one weight, then one sum per metric.
+
+    `received` is the length of the vector that a site is asked with, where it is another than `parameters`; `memory`
+    of the one that it keeps between rounds.
+    """
 
     parameters: int
     metrics: tuple[str, ...] = ()
+    received: int | None = None
+    memory: int = 0
 
     @property
     def size(self) -> int:
         return self.parameters + 1 + len(self.metrics)
 
+    @property
+    def asked(self) -> int:
+        """The length of the vector that a site is asked with."""
+        return self.parameters if self.received is None else self.received
 
-def layout_for(job: Job, parameters: int) -> Layout:
-    """With privacy no training metrics are sent: each would be one more release."""
+
+def layout_for(job: Job, parameters: int, traits: Traits) -> Layout:
+    """The layout for a model of `parameters` numbers under a strategy that needs `traits`.
+
+    With privacy no training metrics are sent: each would be one more release.
+    """
     central = job.privacy.central
+    metrics: tuple[str, ...] = () if job.privacy.record or job.privacy.client else TRAINING_METRICS
     if central is not None and central.adaptive_clip is not None:
-        return Layout(parameters, (BELOW_CLIP,))
-    return Layout(parameters, () if job.privacy.record or job.privacy.client else TRAINING_METRICS)
+        metrics = (BELOW_CLIP,)
+    sent, received = traits.sent * parameters, traits.received * parameters
+    kept = [*traits.kept.values(), *traits.own.values()]
+    memory = sum(parameters if what == "vector" else 1 for what in kept)
+    return Layout(sent, (*traits.scalars, *metrics), None if received == sent else received, memory)
 
 
 class Total:
@@ -56,6 +75,10 @@ class Total:
     def add_sum(self, contributions: NDArray[np.float64]) -> None:
         """Add what a whole cohort added up to elsewhere ((layout.size,) float64)."""
         np.add(self._sum, contributions, out=self._sum)
+
+    def add_total(self, other: Total) -> None:
+        """Add what was summed in another total of the same kind: a region's."""
+        np.add(self._sum, other._sum, out=self._sum)
 
     @classmethod
     def of(cls, layout: Layout, update: NDArray[np.float64], weight: float) -> Total:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from strategies.catalogue import STRATEGIES, resolve
+from strategies.composition import matrix
 from strategies.explain import known_keys
 from strategies.job import Job, check_job
 
@@ -28,11 +31,33 @@ def test_the_job_reference_names_every_key() -> None:
         "training",
         "cohort",
         "secure_aggregation",
+        "schedule",
     }
     missing = {
         ".".join([*table, key]) for table, key in known_keys(Job) if key not in sections and f"`{key}" not in text
     }
     assert not missing
+
+
+def test_the_table_of_what_goes_together_is_made_from_the_code() -> None:
+    text = (ROOT / "docs" / "strategies.md").read_text()
+    table = matrix(STRATEGIES)
+    kinds = " | ".join(next(iter(table.values())))
+    rows = [
+        f"| `{name}` | {' | '.join('no' if why else 'yes' for why in row.values())} |" for name, row in table.items()
+    ]
+    assert "\n".join([f"| strategy | {kinds} |", f"|{'---|' * (len(kinds.split(' | ')) + 1)}", *rows]) in text
+
+
+def test_every_strategy_and_its_settings_are_described() -> None:
+    text = (ROOT / "docs" / "strategies.md").read_text().split("## What goes together")[0]
+    for name in STRATEGIES:
+        line = next(line for line in text.splitlines() if line.startswith("| `") and f"`{name}`" in line)
+        own = {field.name for field in fields(resolve(name, STRATEGIES, key=""))} - {
+            "weighting",
+            "server_learning_rate",
+        }
+        assert {setting for setting in own if f"`{setting}`" not in line} == set()
 
 
 def test_the_readme_names_only_commands_that_exist() -> None:

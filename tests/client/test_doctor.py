@@ -48,6 +48,7 @@ from server.membership import add_signature, sign
 from server.provision import provision
 from strategies.job import Job, load_job
 from strategies.parameters import Parameters
+from strategies.total import Layout
 
 NOW = datetime.now(UTC)
 POLICY = """\
@@ -607,7 +608,7 @@ def rehearsal(site: Site, job: Job) -> Rehearsal:
     settings, policy = Settings.load(site.files.path), Policy.load(site.files.policy)
     invitation = Invitation.parse(site.files.invitation.read_bytes())
     tried = Rehearsal(job, site.files, settings, policy, invitation, sites=2, ledger=(), now=NOW)
-    tried._opened = Opened(18, 6, Parameters({"weight": (1, 1), "bias": (1,)}), "cpu")
+    tried._opened = Opened(18, 6, Parameters({"weight": (1, 1), "bias": (1,)}), "cpu", Layout(2))
     return tried
 
 
@@ -784,6 +785,19 @@ class TestJob:
         findings = site.examine(job=tmp_path / "job.toml")
         assert unwell(findings) == {"job's data": "error"}
         assert "known here: records" in findings[-1].found
+
+    def test_on_data_that_differ_from_its_schema_is_told_every_difference_at_once(
+        self, site: Site, tmp_path: Path
+    ) -> None:
+        (tmp_path / "job.toml").write_text(JOB)
+        site.data.write_text("X,y\n5,yes\n")
+        found = [finding for finding in site.examine(job=tmp_path / "job.toml") if finding.what.startswith("job's")]
+        assert [(finding.level, finding.what) for finding in found] == [
+            ("ok", "job's terms"), ("warning", "job's schema"), ("warning", "job's schema"), ("error", "job's data"),
+        ]  # fmt: skip
+        assert found[1].found == "column 'x' is absent; did you mean 'X'?"
+        assert "the target column 'y' has 1 different values" in found[2].found
+        assert "yes" not in found[2].found
 
     def test_that_costs_more_than_the_budget_has_left_is_refused(self, site: Site, tmp_path: Path) -> None:
         (tmp_path / "job.toml").write_text(JOB)

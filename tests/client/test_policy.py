@@ -144,7 +144,7 @@ CLAUSES: list[tuple[str, Changes, Changes, Changes]] = [
     (
         "secure_aggregation.minimum_cohort",
         {"secure_aggregation": {"minimum_cohort": 6}},
-        {"secure_aggregation": {"groups": 3, "reduce": "median"}},
+        {"secure_aggregation": {"groups": 3}, "robust": {"reduce": "median"}},
         {"sites": 15},
     ),
     ("secure_aggregation.minimum_colluders", {"secure_aggregation": {"minimum_colluders": 2}}, {}, {}),

@@ -23,6 +23,7 @@ from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, ask_for
 from strategies.parameters import Vector, vector_hash
+from strategies.protocol import Traits
 from strategies.total import Layout, layout_for
 from tests.strategies.jobs import make_job
 
@@ -64,7 +65,7 @@ def make_site(
 ) -> Site:
     trainer, records = trainer or make_trainer(job), records or some_records()
     plan = SitePlan.make(job, rows=len(records), parameters=trainer.parameters.size, rng=SeededNoise.kind, site=name)
-    layout = layout_for(job, trainer.parameters.size)
+    layout = layout_for(job, trainer.parameters.size, Traits())
     training = LocalTraining(
         name,
         job=job,
@@ -108,7 +109,7 @@ class TestPlainSite:
         sums = trainer.train(trainer.place(some_records()), seed=training_seed(PLAIN.seed, "north", 1))
         expected = [*(12 * (trainer.read() - request.model)), 12, sums["loss"], sums["examples"]]
         np.testing.assert_allclose(answer, expected, rtol=1e-6)
-        assert layout_for(PLAIN, 4) == Layout(4, ("loss", "examples"))
+        assert layout_for(PLAIN, 4, Traits()) == Layout(4, ("loss", "examples"))
         assert np.abs(answer[:4]).min() > 0
 
     def test_writes_nothing_and_has_no_ledger_head(self, tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ class TestSharedTrainer:
 class TestPrivateSite:
     def test_sends_its_update_and_weight_but_no_metrics(self, tmp_path: Path) -> None:
         answer = contribution(make_site(PRIVATE, make_files(tmp_path / "north")).handle(ask(PRIVATE)))
-        assert layout_for(PRIVATE, 4) == Layout(4, ())
+        assert layout_for(PRIVATE, 4, Traits()) == Layout(4, ())
         assert answer.shape == (5,)
         assert answer[4] == 12
 

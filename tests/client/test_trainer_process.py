@@ -31,6 +31,7 @@ from privacy.mechanism import GaussianSum
 from strategies.job import Job
 from strategies.messages import Ask, ask_for
 from strategies.parameters import Vector
+from strategies.protocol import Traits
 from strategies.total import layout_for
 from tests.strategies.jobs import make_job
 
@@ -119,10 +120,10 @@ def in_process(job: Job, site: Path, ask: Ask) -> tuple[Vector, dict[str, float]
         strategy=strategy_for(job),
         trainer=trainer,
         records=data.train,
-        layout=layout_for(job, 2),
+        layout=layout_for(job, 2, Traits()),
         noise=lambda _: OsNoise(),
     )
-    contribution = train(ask)
+    contribution, _ = train(ask)
     trainer.load(ask.model)
     test = trainer.place(data.test)
     metrics = trainer.evaluate(test.features, test.targets)
@@ -145,13 +146,13 @@ class TestRealTrainer:
         monkeypatch.syspath_prepend(str(site / "code"))
         ask = request(OWN_JOB)
         expected, means = in_process(OWN_JOB, site, ask)
-        first = trainer.train(ask)
+        first = trainer.train(ask)[0]
         np.testing.assert_array_equal(first, expected)
         assert trainer.evaluate(ask.model) == means
         kill(trainer)
-        np.testing.assert_array_equal(trainer.train(ask), expected)
+        np.testing.assert_array_equal(trainer.train(ask)[0], expected)
         np.testing.assert_array_equal(first, expected)
-        assert np.abs(trainer.train(request(OWN_JOB, round_number=2)) - expected).max() > 1e-4
+        assert np.abs(trainer.train(request(OWN_JOB, round_number=2))[0] - expected).max() > 1e-4
 
     def test_tells_what_a_plan_needs(self, trainer: TrainerProcess) -> None:
         assert trainer._opened is not None
@@ -171,8 +172,8 @@ class TestRealTrainer:
         assert trainer.isolation == words[best.wrapper]
 
     def test_what_the_task_prints_stays_apart_from_its_answers(self, trainer: TrainerProcess) -> None:
-        trainer.train(request(OWN_JOB, [101.0, 0.0]))
-        np.testing.assert_array_equal(trainer.train(request(OWN_JOB)), trainer.train(request(OWN_JOB)))
+        trainer.train(request(OWN_JOB, [101.0, 0.0]))[0]
+        np.testing.assert_array_equal(trainer.train(request(OWN_JOB))[0], trainer.train(request(OWN_JOB))[0])
         assert all(words in trainer.output for words in (b"record", b"more of it", b"and an error"))
 
     @pytest.mark.parametrize(("number", "word"), [(102, "ValueError"), (103, "JobError"), (104, "an error")])
@@ -180,12 +181,12 @@ class TestRealTrainer:
         self, trainer: TrainerProcess, number: int, word: str
     ) -> None:
         with pytest.raises(TrainerFailed) as raised:
-            trainer.train(request(OWN_JOB, [float(number), 0.0]))
+            trainer.train(request(OWN_JOB, [float(number), 0.0]))[0]
         assert str(raised.value).startswith(f"the task failed with {word} in the call 'train'; ")
         assert "record" not in str(raised.value)
         assert raised.value.__cause__ is None
         # It goes on as before, with no new process.
-        assert trainer.train(request(OWN_JOB)).shape == (5,)
+        assert trainer.train(request(OWN_JOB))[0].shape == (5,)
 
     def test_a_plan_that_is_not_the_jobs_is_refused(self, trainer: TrainerProcess) -> None:
         sgd = RecordLevelSgd(mechanism=GaussianSum(clip_norm=1.0, noise_multiplier=1.0), sampling_rate=0.5, steps=1)
@@ -210,7 +211,7 @@ class TestRealTrainer:
         )
         opened = trainer.open(private, "north")
         trainer.plan(SitePlan.make(private, rows=opened.rows, parameters=2, rng="os", site="north"))
-        first, second = (trainer.train(request(private)) for _ in range(2))
+        first, second = (trainer.train(request(private))[0] for _ in range(2))
         assert (first.shape, first[2]) == ((3,), 18)
         assert np.abs(first - second).max() > 1e-4
 
@@ -244,6 +245,7 @@ while True:
         answer = {"network": True, "hidden": True, "writable": True}
     if name == "open":
         answer = {"job": HASH, "rows": 18, "test_rows": 6, "shapes": [["w", [1, 1]], ["b", [1]]], "device": "cpu"}
+        answer["layout"] = {"sent": 2, "metrics": ["loss", "examples"], "received": 2, "memory": 0, "personal": False}
     if name == "train":
         vector = struct.pack("<5f", *(2 * x for x in model), calls, lives, 0)
     if name == "evaluate":
@@ -275,7 +277,7 @@ def fake(folder: Path, action: str = "pass", *, timeout_s: float = 60.0, begun: 
 
 def trained(process: TrainerProcess) -> list[float]:
     try:
-        return list(map(float, process.train(request(JOB))))
+        return list(map(float, process.train(request(JOB))[0]))
     finally:
         process.close()
 
@@ -343,7 +345,7 @@ class TestDeath:
         process = fake(tmp_path, action)
         for _ in range(2):
             with pytest.raises(DataError, match=r"north.csv: the data changed while the job ran"):
-                process.train(request(JOB))
+                process.train(request(JOB))[0]
         process.close()
 
 
@@ -369,7 +371,7 @@ class TestWatchdog:
     def test_lets_the_next_call_start_anew(self, tmp_path: Path) -> None:
         process = fake(tmp_path, "if name == 'train' and lives == 1: time.sleep(60)", timeout_s=1.0)
         with pytest.raises(TrainerDied):
-            process.train(request(JOB))
+            process.train(request(JOB))[0]
         process._timeout_s = 60.0
         assert trained(process) == [1.0, -0.5, 4, 2, 0]
 
@@ -395,8 +397,8 @@ class TestMalformedAnswer:
             (frame(b'{"a": NaN}'), "not JSON"),
             (frame(b"[" * 100_000), "not JSON"),
             (frame(b"[]"), "not a JSON object"),
-            (frame(b'{"array": true}'), "no contribution"),
-            ("vector = b''", "no contribution"),
+            (frame(b'{"array": true}'), "it has no array"),
+            ("vector = b''", "it has no array"),
         ],
     )
     def test_is_refused_at_once_and_ends_the_child(self, tmp_path: Path, action: str, why: str) -> None:
@@ -428,6 +430,11 @@ class TestMalformedAnswer:
             {"shapes": [["w"]]},
             {"shapes": "wb"},
             {"shapes": None},
+            {"layout": None},
+            {"layout": {"sent": 2, "metrics": [], "received": 2, "memory": -1, "personal": False}},
+            {"layout": {"sent": 2**50, "metrics": [], "received": 2, "memory": 0, "personal": False}},
+            {"layout": {"sent": 2, "metrics": [7], "received": 2, "memory": 0, "personal": False}},
+            {"layout": {"sent": 2, "metrics": [], "received": "2", "memory": 0, "personal": False}},
         ],
     )
     def test_to_open_promises_no_model_that_cannot_be(self, tmp_path: Path, change: dict[str, object]) -> None:

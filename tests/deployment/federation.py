@@ -20,12 +20,14 @@ import pandas as pd
 from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.data import encode, read_frame, split
+from client.data import read_frame
 from client.desk import Desk
 from client.enrol import accept, add_signatures, enrol, review
 from client.initial import initial_parameters
 from client.local import LocalTraining
+from client.memory import named
 from client.policy import Policy
+from client.reading import feature_count, records_of, site_data
 from client.settings import Settings, SiteFolder
 from client.site import SitePlan
 from client.tasks import initial_model, task_for
@@ -92,28 +94,37 @@ class InProcess:
     def close(self) -> None: ...
 
     def open(self, job: Job, site: str) -> Opened:
-        records = encode(read_frame(self._data, job.data), job.data, where="a test")
+        records = records_of(read_frame(self._data, job.data), job, where="a test")
         self._job, self._site = job, site
-        self._rows = split(records, job.data, site=site, stratify=job.privacy.record is None)
+        self._rows = site_data(records, job, site=site)
         task = task_for(job)
-        self._trainer = Trainer(task, initial_model(task, features=1, classes=2, seed=job.seed), job.training)
-        return Opened(len(self._rows.train), len(self._rows.test), self._trainer.parameters, "cpu")
+        model = initial_model(task, features=feature_count(job), classes=2, seed=job.seed)
+        self._trainer = Trainer(task, model, job.training)
+        self._strategy = strategy_for(job)
+        traits, parameters = self._strategy.traits, self._trainer.parameters
+        self._layout = layout_for(job, parameters.size, traits)
+        return Opened(len(self._rows.train), len(self._rows.test), parameters, "cpu", self._layout, traits.personal)
 
     def plan(self, plan: SitePlan) -> None:
         self._training = LocalTraining(
             self._site,
             job=self._job,
             plan=plan,
-            strategy=strategy_for(self._job),
+            strategy=self._strategy,
             trainer=self._trainer,
             records=self._rows.train,
-            layout=layout_for(self._job, self._trainer.parameters.size),
+            layout=self._layout,
             noise=lambda _: OsNoise(),
         )
 
-    def train(self, ask: Ask) -> Vector:
+    def train(self, ask: Ask, memory: Vector | None) -> tuple[Vector, Vector | None]:
         self.trained += 1
-        return self._training(ask)
+        return self._training(ask, memory)
+
+    def own_model(self, received: Vector, memory: Vector | None) -> Vector:
+        traits, size = self._strategy.traits, self._trainer.parameters.size
+        kept = named(memory, {**traits.kept, **traits.own}, size) if memory is not None else {}
+        return self._strategy.own_model(received, kept, self._trainer.parameters)
 
     def evaluate(self, model: Vector) -> dict[str, float]:
         return {"accuracy": 0.5, "rows": float(len(self._rows.test))}

@@ -26,6 +26,7 @@ from privacy.logbook import Logbook
 from strategies.job import Job
 from strategies.messages import Ask
 from strategies.parameters import Parameters, Vector
+from strategies.protocol import Traits
 from strategies.total import Layout, layout_for
 
 JITTER = 0.1
@@ -49,17 +50,17 @@ class LightTrainer:
     def plan(self, plan: SitePlan) -> None: ...
 
     def open(self, job: Job, site: str) -> Opened:
-        self._layout = layout_for(job, self._parameters.size)
+        self._layout = layout_for(job, self._parameters.size, Traits())
         random = np.random.default_rng(zlib.crc32(site.encode()))
         self._weighted = np.full(self._layout.size, self.rows, np.float32)
         jitter = random.uniform(1 - 0.9 * JITTER, 1 + 0.9 * JITTER, self._parameters.size)
         self._weighted[: self._parameters.size] = jitter * self.rows / 1000
-        return Opened(self.rows, self.rows, self._parameters, "cpu")
+        return Opened(self.rows, self.rows, self._parameters, "cpu", self._layout)
 
-    def train(self, ask: Ask) -> Vector:
+    def train(self, ask: Ask, memory: Vector | None) -> tuple[Vector, Vector | None]:
         contribution = self._weighted.copy()
         contribution[: self._parameters.size] *= 1 + 1e-4 * ask.round_number
-        return contribution
+        return contribution, None
 
     def evaluate(self, model: Vector) -> dict[str, float]:
         return {"rows": float(self.rows)}

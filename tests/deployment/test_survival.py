@@ -35,7 +35,7 @@ from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.messages import Ask, Reply, Request
 from strategies.parameters import Parameters, Vector
-from strategies.protocol import ServerState
+from strategies.protocol import ServerState, Traits
 from strategies.total import layout_for
 from tests.deployment.federation import NAMES, InProcess, deployed_job
 from tests.deployment.live import Kind, Live, free_port, kill, wait_until
@@ -198,7 +198,7 @@ def check_journal(path: Path) -> None:
 def undisturbed(live: Live, job: Job, folder: JobFolder, contributors: Mapping[int, list[str]]) -> Vector:
     """The model that the same rounds with the same sites make where nothing is killed."""
     parameters, start = Parameters.load(folder.initial)
-    layout = layout_for(job, parameters.size)
+    layout = layout_for(job, parameters.size, Traits())
     rounds: list[int] = []
     state = run_rounds(
         ServerState(start),
@@ -229,4 +229,4 @@ class _Room:
     def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Reply]]:
         for name, ask in requests.items():
             assert isinstance(ask, Ask)
-            yield name, Reply(name, ask.job, ask.round_number, self._trainers[name].train(ask), None)
+            yield name, Reply(name, ask.job, ask.round_number, self._trainers[name].train(ask, None)[0], None)

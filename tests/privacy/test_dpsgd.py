@@ -196,6 +196,10 @@ def trained(
     weight_decay: float = 0.0,
 ) -> Tensor:
     parameters = torch.zeros(features.shape[1]) if start is None else start.clone()
+
+    def decay(gradient: Tensor, parameters: Tensor) -> None:
+        gradient.add_(parameters, alpha=weight_decay)
+
     ours.train(
         parameters,
         features,
@@ -203,7 +207,7 @@ def trained(
         gradients=gradients,
         source=source or SeededNoise(1),
         learning_rate=learning_rate,
-        weight_decay=weight_decay,
+        adjust=decay,
     )
     return parameters
 

@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from privacy.errors import RunError
 from privacy.ledger import Head
-from server.collect import Collected, Failure, PlainCollector
+from server.collect import Collected, Collector, Failure, PlainCollector, RobustCollector, collector_for
+from strategies.job import Robust
 from strategies.messages import Refusal, Reply, Request, Stepped, ask_for
 from strategies.total import Layout, Total
+from tests.strategies.jobs import make_job
 
 JOB = "ab" * 32
 LAYOUT = Layout(3, ("loss",))
@@ -174,18 +177,90 @@ class OneBuffer:
             yield site, Reply(site, ask.job, ask.round_number, buffer, None)
 
 
-def test_memory_is_that_of_a_model_or_two_whatever_the_cohort() -> None:
-    parameters, sites = 100_000, [str(number) for number in range(2000)]
+@pytest.mark.parametrize("bounded", [False, True], ids=["plain", "norm bounding"])
+def test_memory_is_that_of_a_model_or_two_whatever_the_cohort(bounded: bool) -> None:
+    parameters, count = 100_000, 200 if bounded else 2000
+    sites = [str(number) for number in range(count)]
     ask = ask_for(JOB, 1, np.zeros(parameters, np.float32), None)
     model_bytes = 4 * parameters
-    collector = PlainCollector(OneBuffer(parameters))
+    transport = OneBuffer(parameters)
+    collector: Collector = RobustCollector(transport, Robust(max_norm=1e9)) if bounded else PlainCollector(transport)
     tracemalloc.start()
     try:
         collected = collector.collect(ask, sites, Total(Layout(parameters)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # The transport's buffer is one model, the total in float64 two; the names of the sites are 0.5 MB at most.
-    assert peak < 4 * model_bytes + 500_000
-    expected = sum(number % 7 + 1 for number in range(2000))
-    assert collected.total.update[0] == collected.total.update[-1] == collected.total.weight == expected
+    # The transport's buffer is one model, the total in float64 two; the names of the sites are 0.5 MB at most. What
+    # bounds a norm works on one update in float64 at a time, and keeps a total of its own.
+    assert peak < (14 if bounded else 4) * model_bytes + 500_000
+    assert collected.total.update[0] == collected.total.update[-1]
+    if bounded:  # Every update is 1 over its weight; they count alike, and the median weight is 4.
+        assert collected.total.update[0] == pytest.approx(collected.total.weight) == 4 * count
+    else:
+        assert collected.total.update[0] == collected.total.weight == sum(number % 7 + 1 for number in range(count))
+
+
+SITES = ["a", "b", "c", "d", "e"]
+MEDIAN = Robust(reduce="median")
+
+
+def collect_robustly(robust: Robust, *answers: tuple[str, Answer]) -> Collected:
+    return RobustCollector(Scripted(answers), robust).collect(ASK, SITES, Total(LAYOUT))
+
+
+def saying(site: str, mean: float, weight: float = 1.0) -> tuple[str, Reply]:
+    return site, replace(reply(site), contribution=np.array([mean * weight] * 3 + [weight, 1.0], np.float32))
+
+
+class TestRobustCollection:
+    @pytest.mark.parametrize("robust", [MEDIAN, Robust(reduce="trimmed-mean"), Robust(reduce="krum")])
+    def test_one_liar_does_not_move_a_robust_reduction(self, robust: Robust) -> None:
+        collected = collect_robustly(robust, *(saying(site, 2.0) for site in "abcd"), saying("e", -1e9, 1e9))
+        np.testing.assert_allclose(collected.total.update / collected.total.weight, 2.0)
+        assert collected.total.weight == 5
+        assert collected.total.metrics == {"loss": 5.0}
+        assert collected.contributors == ("a", "b", "c", "d", "e")
+
+    @pytest.mark.parametrize("robust", [MEDIAN, Robust(reduce="trimmed-mean"), Robust(max_norm=9.0)])
+    @pytest.mark.parametrize(("answer", "why"), BAD)
+    def test_unsound_late_and_double_answers_are_as_in_a_plain_round(
+        self, answer: Answer, why: str, robust: Robust
+    ) -> None:
+        sound = [saying(site, 2.0) for site in "bcd"]
+        collected = collect_robustly(
+            robust, ("a", answer), *sound, saying("a", 50.0), saying("b", 50.0), saying("z", 50.0)
+        )
+        np.testing.assert_allclose(collected.total.update / collected.total.weight, 2.0)
+        assert collected.contributors == ("b", "c", "d")
+        assert list(collected.failures) == ["a", "e"]
+        assert collected.failures["a"].startswith(why)
+        assert collected.failures["e"] == "no answer"
+
+    def test_a_round_with_too_few_answers_for_those_that_may_lie_ends(self) -> None:
+        robust = Robust(reduce="krum", byzantine=1)
+        collect_robustly(robust, *(saying(site, 2.0) for site in SITES))
+        with pytest.raises(RunError) as caught:
+            collect_robustly(robust, *(saying(site, 2.0) for site in "abcd"), ("e", Failure("e", "broken")))
+        said = str(caught.value)
+        assert said.startswith(
+            'round 4: 4 of 5 sites answered, and robust.reduce = "krum" needs 5 where 1 may lie (e: '
+        )
+        assert "\n" not in said
+
+    def test_norm_bounding_alone_takes_as_few_as_a_plain_round(self) -> None:
+        collected = collect_robustly(Robust(max_norm=1.0), saying("a", 50.0, 2.0))
+        np.testing.assert_allclose(np.linalg.norm(collected.total.update / collected.total.weight), 1.0)
+        assert collected.total.weight == 2
+
+    def test_heads_come_along(self) -> None:
+        head, (site, own) = Head(3, "cd" * 32), saying("a", 2.0)
+        collected = collect_robustly(MEDIAN, (site, replace(own, head=head)), *(saying(site, 2.0) for site in "bcd"))
+        assert collected.heads == {"a": head}
+
+    def test_a_job_gets_the_collector_that_it_asks_for(self) -> None:
+        assert isinstance(collector_for(make_job(), Scripted([])), PlainCollector)
+        assert collector_for(make_job(robust={"reduce": "median"}), Scripted([])) == RobustCollector(
+            Scripted([]), MEDIAN
+        )
+        assert isinstance(collector_for(make_job(robust={"max_norm": 1.0}), Scripted([])), RobustCollector)

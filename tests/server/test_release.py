@@ -26,6 +26,7 @@ from strategies.parameters import Vector
 from strategies.protocol import ServerState
 from strategies.total import BELOW_CLIP, Layout, Total
 from tests.strategies.jobs import make_job
+from tests.strategies.lent import Lent
 
 PARAMETERS, CLIENTS = 40, 60
 NAMES = [f"client-{k:02}" for k in range(CLIENTS)]
@@ -134,8 +135,9 @@ class TestSensitivity:
                 # Whatever the strategy weighted by, and whatever weight stands in the contribution.
                 trained = (update / 10).astype(np.float32)
                 out = np.empty(PARAMETERS, np.float32)
-                weight = FedAvg(weighting="rows").contribution(np.zeros_like(trained), trained, rows=rows, out=out)
-                sent = np.concatenate([out, [weight]]).astype(np.float32)
+                local = Lent(goal=trained, arrives=trained, rows=rows)
+                added = FedAvg(weighting="rows").contribution(np.zeros_like(trained), local, out)
+                sent = np.concatenate([out, [added.weight]]).astype(np.float32)
                 total.add(sent)
             released = mechanism.release(total.steps, SeededNoise(5, "the same noise"))
             means.append(Total.of(layout_of(job), released, plan.cohort).update / plan.cohort)

@@ -17,7 +17,6 @@ from server.rounds import RoundResult, heads_line, run_rounds
 from strategies.fedavg import FedAvg
 from strategies.job import Job
 from strategies.messages import Answer, Ask, Reply, Request
-from strategies.parameters import Vector
 from strategies.protocol import ServerState
 from strategies.total import Layout
 from tests.strategies.jobs import make_job
@@ -81,9 +80,9 @@ class Run:
             stop=stop,
         )
 
-    def evaluate(self, model: Vector) -> Mapping[str, Any]:
+    def evaluate(self, state: ServerState) -> Mapping[str, Any]:
         self.events.append("evaluate")
-        return {"norm": float(np.linalg.norm(model.astype(float)))}
+        return {"norm": float(np.linalg.norm(state.model.astype(float)))}
 
     def record(self, result: RoundResult) -> None:
         self.events.append(f"record {result.round_number}")

@@ -107,7 +107,7 @@ class Sites:
         assert secure is not None
         groups = groups_of(self.job, self.names) if secure.groups > 1 else None
         collector = SecureCollector(
-            self, self.plan, self.plan.terms(self.job, self.roster), self.roster, groups, secure.reduce
+            self, self.plan, self.plan.terms(self.job, self.roster), self.roster, self.job.robust, groups
         )
         model = np.full(LAYOUT.parameters, round_number, np.float32)
         return collector.collect(ask or ask_for(self.job.hash, round_number, model, None), self.names, Total(LAYOUT))
@@ -118,6 +118,11 @@ class Sites:
         np.testing.assert_allclose(collected.total.update, expected[: LAYOUT.parameters], atol=step, rtol=0)
         assert collected.total.weight == pytest.approx(expected[LAYOUT.parameters], abs=1e-4)
         assert list(collected.total.metrics.values()) == pytest.approx(expected[-2:].tolist(), abs=1e-4)
+
+
+def altered(body: bytes) -> bytes:
+    """With another last byte, whatever it was."""
+    return body[:-1] + bytes([body[-1] ^ 1])
 
 
 def silent_from(stages: Mapping[str, str]) -> Spoil:
@@ -174,7 +179,7 @@ class TestSums:
                 if site != "site-2" or request.stage != at:
                     return given
                 assert isinstance(given, Stepped)
-                return Stepped(site, given.job, given.round_number, given.stage, given.body[:-1] + b"?", given.words)
+                return Stepped(site, given.job, given.round_number, given.stage, altered(given.body), given.words)
 
             sites.spoil = spoil
             collected = sites.collect()
@@ -370,7 +375,7 @@ def test_weights_that_no_honest_sites_have_end_a_round_without_groups(tmp_path: 
 
 
 class TestGroups:
-    JOB = make_job(secure_aggregation={"groups": 5, "reduce": "median", "colluders": 0})
+    JOB = make_job(secure_aggregation={"groups": 5, "colluders": 0}, robust={"reduce": "median"})
 
     def test_one_group_that_lies_does_not_move_the_median(self, tmp_path: Path) -> None:
         sites = Sites(tmp_path, 20, job=self.JOB)
@@ -380,6 +385,36 @@ class TestGroups:
         lied = sites.collect(round_number=2)
         mean = honest.total.update / honest.total.weight
         np.testing.assert_allclose(lied.total.update / lied.total.weight, mean, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        "robust",
+        [
+            {"reduce": "trimmed-mean"},
+            {"reduce": "krum"},
+            {"reduce": "multi-krum"},
+            {"reduce": "geometric-median"},
+            {"reduce": "median", "max_norm": "median"},
+        ],
+        ids=str,
+    )
+    def test_nor_does_it_move_another_reduction(self, robust: dict[str, Any], tmp_path: Path) -> None:
+        job = make_job(secure_aggregation={"groups": 5, "colluders": 0}, robust=robust)
+        sites = Sites(tmp_path, 15, job=job)
+        sites.values = dict.fromkeys(sites.names, 1.0)
+        sites.values |= dict.fromkeys(groups_of(job, sites.names)[2], 1000.0)
+        sites.weights = dict.fromkeys(sites.names, 1.0)
+        lied = sites.collect()
+        mean = np.linspace(-1, 1, LAYOUT.parameters)
+        np.testing.assert_allclose(lied.total.update / lied.total.weight, mean, atol=1e-3)
+
+    def test_a_bound_on_the_norm_bounds_a_lying_group(self, tmp_path: Path) -> None:
+        job = make_job(secure_aggregation={"groups": 5, "colluders": 0}, robust={"max_norm": 1.0})
+        sites = Sites(tmp_path, 15, job=job)
+        sites.values = dict.fromkeys(sites.names, 0.01)
+        sites.values |= dict.fromkeys(groups_of(job, sites.names)[2], 1000.0)
+        sites.weights = dict.fromkeys(sites.names, 1.0)
+        lied = sites.collect()
+        assert np.linalg.norm(lied.total.update / lied.total.weight) <= (1 + 4 * 0.04) / 5
 
     def test_each_site_is_summed_with_its_own_group_alone(self, tmp_path: Path) -> None:
         sites = Sites(tmp_path, 20, job=self.JOB)

@@ -49,7 +49,7 @@ KINDS = {
     "buffered noise": ["cohort.rate=none", "cohort.separation=2", "privacy.client.noise=blt", "privacy.record=none"],
     "shares of noise": [*SHARES, "secure_aggregation={}", "simulation.partition.clients=6"],
     "shares alone, in groups": [
-        *SHARES, "privacy.record=none", "secure_aggregation={groups=3,reduce='median',bits=20}",
+        *SHARES, "privacy.record=none", "secure_aggregation={groups=3,bits=20}", "robust.reduce=median",
         "privacy.client.shares=skellam", "simulation.partition.clients=13",
     ],
 }  # fmt: skip

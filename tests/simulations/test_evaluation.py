@@ -27,7 +27,7 @@ def scored(**tests: list[tuple[float, int]]) -> Scored:
     data = {
         name: SiteData(
             NOTHING,
-            Records(np.array([[x] for x, _ in rows], np.float32), np.array([y for _, y in rows], np.int64)),
+            Records(np.array([x for x, _ in rows], np.float32)[:, None], np.array([y for _, y in rows], np.int64)),
         )
         for name, rows in tests.items()
     }
@@ -72,6 +72,42 @@ def test_one_site_alone_scores_as_it_does_among_all() -> None:
     for site in ("north", "south", "west"):
         alone = setting.evaluation.one_site(MODEL, site)
         assert alone == pytest.approx({name: whole["sites"][site][name] for name in alone})
+
+
+def test_the_area_under_the_curve_is_of_all_rows_at_once_and_undefined_for_one_class() -> None:
+    setting = scored(north=[(1, 1), (2, 0), (-1, 0)], south=[(3, 1)])
+    scores = setting.evaluation(MODEL)
+    # Of four pairs of a positive and a negative row, all but (1, 2) are in order.
+    assert scores["auc"] == pytest.approx(3 / 4)
+    assert scores["sites"]["north"]["auc"] == pytest.approx(1 / 2)
+    assert scores["sites"]["south"]["auc"] is None
+    assert setting.evaluation.one_site(MODEL, "south")["auc"] is None
+
+
+def test_figures_that_no_row_defines_are_left_out_over_all_rows() -> None:
+    scores = scored(north=[(1, 1), (2, 1)]).evaluation(MODEL)
+    assert "auc" not in scores
+    assert scores["sites"]["north"]["auc"] is None
+
+
+def test_a_site_without_test_rows_has_no_figures_and_changes_no_others() -> None:
+    with_it = scored(empty=[], north=[(1, 1), (1, 0), (-1, 1)]).evaluation(MODEL)
+    without = scored(north=[(1, 1), (1, 0), (-1, 1)]).evaluation(MODEL)
+    assert with_it["sites"]["empty"] == {"loss": None, "accuracy": None, "rows": 0}
+    assert {key: with_it[key] for key in without if key != "sites"} == {
+        k: v for k, v in without.items() if k != "sites"
+    }
+    assert with_it["worst_site"] == "north"
+
+
+def test_each_sites_own_model_is_scored_with_the_others_on_all_rows() -> None:
+    setting = scored(north=[(1, 1), (-1, 0)], south=[(1, 0), (-2, 1), (3, 1)])
+    own = setting.evaluation.each({"north": MODEL, "south": -MODEL}.__getitem__)
+    assert own["accuracy"] == pytest.approx(4 / 5)
+    # Positive rows score 1, 2 and -3, negative ones -1 and -1.
+    assert own["auc"] == pytest.approx(4 / 6)
+    assert own["sites"]["south"]["accuracy"] == pytest.approx(2 / 3)
+    assert own["sites"]["north"]["auc"] == 1
 
 
 def test_scores_the_model_it_is_given_whatever_the_trainer_held() -> None:

@@ -1,17 +1,26 @@
-"""Sites fail as often as the job asks, the same way for the same seed, and nothing malformed passes the server."""
+"""Sites fail and lie as the job asks, the same way for the same seed, and nothing malformed passes the server."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
+from client.data import Records
 from privacy.ledger import Head
+from privacy.noise import SeededNoise
 from server.collect import PlainCollector
-from simulations.faults import MALFORMATIONS, DroppedOut, FaultySite
+from simulations.faults import MALFORMATIONS, DroppedOut, FaultySite, Lie, LyingSum, liars
+from simulations.federation import Federation
 from simulations.inline import InlineTransport
+from simulations.simulate import Watcher, start_run
 from strategies.job import Faults
 from strategies.messages import (
     Answer,
@@ -26,7 +35,9 @@ from strategies.messages import (
     ask_for,
     check_reply,
 )
+from strategies.secure import SecureSum, rotation_of
 from strategies.total import Layout, Total
+from tests.strategies.jobs import make_job
 
 JOB = "ab" * 32
 LAYOUT = Layout(3, ("loss",))
@@ -191,3 +202,145 @@ def test_a_faulty_site_keeps_its_name_and_its_failures_are_named_by_the_collecto
     assert len(collected.contributors) == 50 - sum(kinds.values())
     np.testing.assert_array_equal(collected.total.update, np.array([1, 2, 3]) * len(collected.contributors))
     assert set(collected.heads) == set(collected.contributors)
+
+
+NAMES = [f"site-{number}" for number in range(20)]
+HONEST = np.array([3.0, -4.0, 0.0, 7.0, 0.5], np.float32)  # An update of norm 5, a weight, a loss.
+
+
+def lie(number: int = 0, **faults: Any) -> Lie:
+    return Lie(Faults.model_validate({"byzantine": 0.2, **faults}), number, 1, 3)
+
+
+class TestLiars:
+    @given(share=st.floats(0, 0.99), count=st.integers(1, 60), seed=st.integers(0, 99))
+    def test_are_the_share_that_the_job_says_and_sites_of_it(self, share: float, count: int, seed: int) -> None:
+        names = [str(number) for number in range(count)]
+        drawn = liars(names, Faults(byzantine=share), seed=seed)
+        assert len(drawn) == round(share * count)
+        assert drawn <= set(names)
+        assert drawn == liars(names, Faults(byzantine=share), seed=seed)
+
+    def test_are_others_for_another_seed(self) -> None:
+        assert len({liars(NAMES, Faults(byzantine=0.2), seed=seed) for seed in range(5)}) > 1
+
+    def test_lie_in_every_round_and_the_others_never_do(self) -> None:
+        job = make_job(simulation={"faults": {"byzantine": 0.2}})
+        drawn = liars(NAMES, job.simulation.faults, seed=1)
+        for number in range(1, 6):
+            for index, name in enumerate(NAMES):
+                own = Lie(job.simulation.faults, index, 1, 3) if name in drawn else None
+                answer = FaultySite(Sound(name), index, job.simulation.faults, 1, own).handle(ask(number))
+                assert isinstance(answer, Reply)
+                assert (answer.contribution[0] != 1) == (name in drawn)
+
+
+class TestLies:
+    @pytest.mark.parametrize(
+        ("faults", "update"),
+        [
+            ({"attack": "sign-flip"}, [-30, 40, 0]),
+            ({"attack": "sign-flip", "scale": 1.0}, [-3, 4, 0]),
+            ({"attack": "scaled"}, [30, -40, 0]),
+            ({"attack": "scaled", "scale": 0.5}, [1.5, -2, 0]),
+            ({"attack": "label-flip"}, [3, -4, 0]),
+            ({"attack": "label-flip", "scale": 3.0}, [9, -12, 0]),
+        ],
+    )
+    def test_keep_weight_and_metrics_and_alter_the_update_alone(
+        self, faults: dict[str, Any], update: list[float]
+    ) -> None:
+        before = HONEST.copy()
+        assert lie(**faults)(HONEST, 1).tolist() == [*update, 7.0, 0.5]
+        np.testing.assert_array_equal(HONEST, before)
+
+    @given(scale=st.floats(0.01, 100), salt=st.integers(0, 2**64 - 1))
+    def test_noise_is_so_many_times_as_long_as_the_update(self, scale: float, salt: int) -> None:
+        lied = lie(attack="noise", scale=scale)(HONEST, salt)
+        assert np.linalg.norm(lied[:3]) == pytest.approx(5 * scale, rel=1e-5)
+        assert lied[3:].tolist() == [7.0, 0.5]
+
+    def test_noise_is_another_in_another_round_or_at_another_site(self) -> None:
+        drawn = {tuple(lie(number, attack="noise")(HONEST, salt)) for number in (0, 1) for salt in (1, 2)}
+        assert len(drawn) == 4
+
+    def test_are_finite_however_large(self) -> None:
+        lied = lie(attack="scaled", scale=1e300)(HONEST, 1)
+        assert np.isfinite(lied).all()
+        reply = Reply("north", JOB, 5, lied, None)
+        check_reply(reply, ask=ask(5), site="north", layout=LAYOUT)
+
+    def test_labels_are_flipped_by_label_flips_alone(self) -> None:
+        records = Records(np.zeros((4, 1), np.float32), np.array([0, 1, 8, 9]))
+        assert lie(attack="label-flip").told(records, 10).target.tolist() == [9, 8, 1, 0]
+        assert records.target.tolist() == [0, 1, 8, 9]
+        assert lie(attack="noise").told(records, 10) is records
+
+    def test_a_refusal_and_what_is_malformed_stay_what_they_are(self) -> None:
+        refusing = FaultySite(Sound(refuses=True), 0, Faults(byzantine=0.2), 1, lie())
+        assert refusing.handle(ask(1)) == Refusal("north", JOB, 1)
+
+    @pytest.mark.parametrize("scale", [2.0, 1e6])
+    def test_a_secure_sum_is_told_the_lie_within_what_its_words_can_hold(self, scale: float) -> None:
+        plan = SecureSum.make(make_job(secure_aggregation={"reach": 10.0}), sites=5, layout=LAYOUT)
+        lying = LyingSum.by(lie(attack="sign-flip", scale=scale), plan)
+        assert lying.encoding == plan.encoding
+        words = lying.encode(HONEST, rotation=rotation_of(1, JOB), source=SeededNoise(0, "a test"))
+        told = plan.decode(words, rotation=rotation_of(1, JOB))
+        np.testing.assert_allclose(told, [*np.clip([-3 * scale, 4 * scale, 0], -10, 10), 7, 0.5], atol=1e-5)
+
+
+PIXELS = {f"pixel_{row}_{column}": {"range": [0, 16]} for row in range(8) for column in range(8)}
+
+
+def digits(**changes: Any) -> Any:
+    faults = {"faults": changes.pop("faults", {})}
+    return make_job(
+        seed=1,
+        data={"path": None, "client": None, "bundled": "digits", "target": "digit", "classes": list(range(10)),
+              "columns": PIXELS, "allow_one_class": True},
+        training={"rounds": 6, "learning_rate": 0.3, "local_steps": 4, "batch_size": 32},
+        simulation={"baselines": False, "partition": {"clients": 10, "alpha": 100.0}, **faults},
+        **changes,
+    )  # fmt: skip
+
+
+def accuracy(out: Path, **changes: Any) -> float:
+    summary = start_run(digits(**changes), out=out, parent=out.parent, watcher=Watcher(), now=datetime.now(UTC))
+    assert summary is not None
+    return float(summary["metrics"]["accuracy"])
+
+
+class TestRuns:
+    FLIP: Mapping[str, Any] = {"byzantine": 0.2, "attack": "sign-flip"}
+
+    def test_a_fifth_that_lies_breaks_the_mean_and_not_a_robust_reduction(self, tmp_path: Path) -> None:
+        honest = accuracy(tmp_path / "honest")
+        assert accuracy(tmp_path / "mean", faults=self.FLIP) < honest - 0.3
+        assert accuracy(tmp_path / "krum", faults=self.FLIP, robust={"reduce": "multi-krum"}) > honest - 0.05
+
+    def test_liars_lie_in_secure_sums_too(self, tmp_path: Path) -> None:
+        groups = {"groups": 3, "colluders": 0, "dropouts": 0, "reach": 1e5}
+        honest = accuracy(tmp_path / "honest")
+        lied = accuracy(tmp_path / "sum", faults=self.FLIP, secure_aggregation={"reach": 1e5})
+        assert lied < honest - 0.3
+        # One site of ten spoils one group of three.
+        one = {**self.FLIP, "byzantine": 0.1}
+        got = accuracy(tmp_path / "groups", faults=one, secure_aggregation=groups, robust={"reduce": "median"})
+        assert got > honest - 0.05
+
+    def test_liars_alone_train_on_labels_that_are_flipped(self, tmp_path: Path) -> None:
+        job = digits(faults={"byzantine": 0.2, "attack": "label-flip"})
+        lying, sound = Federation.load(job), Federation.load(digits())
+        ask_all = ask_for(job.hash, 1, lying.trainer.read().copy(), None)
+        differ = set()
+        for name in lying.names:
+            plan = lying.plans()[name]
+            answers = [
+                own.client(name, plan, None).handle(ask_for(own.job.hash, 1, ask_all.model, None))
+                for own in (lying, sound)
+            ]
+            sent = [answer.contribution for answer in answers if isinstance(answer, Reply)]
+            if not np.allclose(sent[0], sent[1], atol=1e-6):
+                differ.add(name)
+        assert differ == liars(lying.names, job.simulation.faults, seed=job.seed)

@@ -159,3 +159,16 @@ class TestDirichlet:
             partition(table(30, 20), how(**fields), seed=1)
         assert str(caught.value).startswith("simulation.partition: ")
         assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("columns", [1, 2], ids=["numbers", "times"])
+def test_a_number_is_spread_by_its_tenth_of_all(columns: int) -> None:
+    value = np.random.default_rng(0).permutation(400).astype(np.float32)
+    target = value if columns == 1 else np.stack([value, np.ones(400, np.float32)], axis=1)
+    records = Records(value[:, None], target)
+    sites = partition(records, Partition(clients=4, alpha=0.1), seed=3)
+    assert sorted(v for site in sites.values() for v in site.features.ravel().tolist()) == sorted(value.tolist())
+    means = [float(site.features.mean()) for site in sites.values()]
+    assert max(means) - min(means) > 50  # Uneven sites differ in what is to be predicted.
+    with pytest.raises(JobError, match="needs a target of two classes"):
+        partition(records, Partition.model_validate({"mix": {"a": {"rows": 4, "positive": 0.5}}}), seed=3)

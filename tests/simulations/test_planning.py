@@ -711,18 +711,19 @@ class TestSecureSums:
         [
             {"privacy__client": SHARES, "secure_aggregation": {}},
             {"secure_aggregation": {"bits": 20, "reach": 100.0}},
-            {"secure_aggregation": {"groups": 3, "reduce": "median", "colluders": 0}},
+            {"secure_aggregation": {"groups": 3, "colluders": 0}, "robust": {"reduce": "median"}},
             {"secure_aggregation": {"colluders": 0, "dropouts": 0}, "cohort__size": 5},
         ],
         ids=["shares", "no privacy", "groups", "cohorts"],
     )
     def test_the_bytes_are_those_that_a_first_round_moves(self, changes: dict[str, Any]) -> None:
+        from strategies.protocol import Traits
         from strategies.total import layout_for
 
         job = make_job(**changes, simulation__partition__mix=clients(11))
         planned = JobPlan.of(job).secure
         assert planned is not None
-        sums = SecureSum.make(job, sites=11, layout=layout_for(job, 3))
+        sums = SecureSum.make(job, sites=11, layout=layout_for(job, 3, Traits()))
         assert planned["sites_in_a_sum"] == sums.shape.clients
         assert (planned["upload_bytes"], planned["download_bytes"]) == first_round(job, sums, sorted(clients(11)))
 
@@ -754,7 +755,7 @@ class TestSecureSums:
         assert "groups" not in told
 
     def test_groups_say_that_a_site_is_hidden_in_its_group_and_how_many_may_lie(self) -> None:
-        told = shown(make_job(secure_aggregation={"groups": 3, "reduce": "median", "colluders": 0},
+        told = shown(make_job(secure_aggregation={"groups": 3, "colluders": 0}, robust={"reduce": "median"},
                               simulation__partition__mix=clients(11)))  # fmt: skip
         assert "a sum for each of 3 groups of 3 sites or one more" in told
         assert "at least 3 honest ones of its group, not of all, itself included" in told

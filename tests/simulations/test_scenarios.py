@@ -23,6 +23,10 @@ class TestEveryScenario:
     def test_has_data_that_give_every_site_what_it_was_promised(self, name: str) -> None:
         job = load_job(scenario_path(name))
         sites = load_sites(job)
+        if job.data.client is not None:
+            assert len(sites) > 1
+            assert all(len(data.train) and len(data.test) for data in sites.values())
+            return
         assert job.simulation.partition is not None
         mix = job.simulation.partition.mix
         if mix is None:
@@ -38,7 +42,10 @@ class TestEveryScenario:
         job = load_job(scenario_path(name))
         if job.data.bundled is None:
             pytest.skip("it brings data of its own")
-        frame = {"breast-cancer": load_breast_cancer, "digits": load_digits}[job.data.bundled](as_frame=True).data
+        carried = {"breast-cancer": load_breast_cancer, "digits": load_digits}
+        if job.data.bundled not in carried:
+            pytest.skip("its numbers are drawn from laws without an end")
+        frame = carried[job.data.bundled](as_frame=True).data
         ranges = {column: each.range for column, each in job.data.columns.items() if each.range is not None}
         assert len(ranges) == frame.shape[1]
         clipped = {c: (low, high) for c, (low, high) in ranges.items() if not frame[c].between(low, high).all()}
@@ -64,8 +71,8 @@ def test_no_two_scenarios_are_the_same_job() -> None:
     [
         ("hospital", "no scenario and no job file is called 'hospital'; did you mean 'hospitals'?"),
         ("hospitals-unrelable", "did you mean 'hospitals-unreliable'?"),
-        ("zzz", "no scenario and no job file is called 'zzz'; known: clinics, devices, hospitals"),
-        ("", "no scenario and no job file is called ''; known: clinics, devices, hospitals"),
+        ("zzz", "no scenario and no job file is called 'zzz'; known: banks, clinics, devices, hospitals"),
+        ("", "no scenario and no job file is called ''; known: banks, clinics, devices, hospitals"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, said: str) -> None:

@@ -8,7 +8,7 @@ from privacy.errors import JobError
 from strategies.catalogue import STRATEGIES, resolve, strategy_for
 from strategies.fedavg import FedAvg
 from strategies.parameters import Vector
-from strategies.protocol import ServerState
+from strategies.protocol import Added, Local, ServerState
 from strategies.total import Total
 from tests.strategies.jobs import make_job
 
@@ -16,15 +16,14 @@ KNOWN = {"fedavg": "strategies.fedavg:FedAvg", "absent": "strategies.nowhere:Abs
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastWins:
+class LastWins(FedAvg):
     """A strategy of the user's own."""
 
-    weighting: str
-    server_learning_rate: float
+    patience: int = 3
 
-    def contribution(self, start: Vector, trained: Vector, *, rows: int, out: Vector) -> float:
-        out[:] = trained
-        return 1.0
+    def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
+        out[:] = local.fit(received)
+        return Added(1.0)
 
     def step(self, state: ServerState, total: Total) -> ServerState:
         return ServerState(total.update.astype("float32"), state.round_number + 1)
@@ -37,8 +36,8 @@ def test_a_job_gets_the_strategy_it_names_with_its_settings() -> None:
 
 
 def test_a_strategy_of_the_users_own_is_named_by_package_module_and_name() -> None:
-    job = make_job(strategy={"name": f"{__name__}:LastWins", "server_learning_rate": 0.5})
-    assert strategy_for(job) == LastWins(weighting="rows", server_learning_rate=0.5)
+    job = make_job(strategy={"name": f"{__name__}:LastWins", "server_learning_rate": 0.5, "patience": 7})
+    assert strategy_for(job) == LastWins(weighting="rows", server_learning_rate=0.5, patience=7)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

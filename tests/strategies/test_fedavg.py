@@ -9,71 +9,20 @@ from strategies.fedavg import FedAvg
 from strategies.parameters import Vector
 from strategies.protocol import ServerState, Strategy
 from strategies.total import Layout, Total
+from tests.strategies.contract import StrategyContract
+from tests.strategies.lent import Lent, run_round
 
 FLOATS = st.floats(-1e3, 1e3, width=32)
 MODELS = st.lists(FLOATS, min_size=3, max_size=3).map(lambda values: np.array(values, np.float32))
 
 
-def run_round(strategy: Strategy, start: Vector, clients: list[tuple[Vector, int]]) -> ServerState:
+def one_round(strategy: Strategy, start: Vector, clients: list[tuple[Vector, int]]) -> ServerState:
     """One round in which each client arrived at a model on so many rows."""
-    total = Total(Layout(len(start)))
-    for trained, rows in clients:
-        contribution = np.empty(len(start) + 1, np.float32)
-        contribution[-1] = strategy.contribution(start, trained, rows=rows, out=contribution[:-1])
-        total.add(contribution)
-    return strategy.step(ServerState(start), total)
+    return run_round(strategy, ServerState(start), [Lent(goal=start, arrives=m, rows=n) for m, n in clients])
 
 
 def some_models(count: int) -> list[Vector]:
     return list(np.random.default_rng(count).normal(size=(count, 3)).astype(np.float32))
-
-
-class StrategyContract:
-    """What the server and the clients may rely on, whatever the strategy."""
-
-    def make(self) -> Strategy:
-        raise NotImplementedError
-
-    @pytest.mark.parametrize("rows", [1, 7, 10**6])
-    def test_a_client_adds_a_finite_vector_with_a_positive_weight(self, rows: int) -> None:
-        start, trained = some_models(2)
-        out = np.full_like(start, np.nan)
-        assert self.make().contribution(start, trained, rows=rows, out=out) > 0
-        assert np.isfinite(out).all()
-
-    @pytest.mark.parametrize("rows", [1, 7, 10**6])
-    def test_the_contribution_may_overwrite_the_trained_model_but_never_the_start(self, rows: int) -> None:
-        start, trained = some_models(2)
-        strategy, before, out = self.make(), start.copy(), np.empty_like(start)
-        weight = strategy.contribution(start, trained, rows=rows, out=out)
-        assert strategy.contribution(start, trained, rows=rows, out=trained) == weight
-        np.testing.assert_array_equal(trained, out)
-        np.testing.assert_array_equal(start, before)
-
-    def test_a_step_ends_one_round_and_leaves_its_inputs_alone(self) -> None:
-        state = ServerState(np.array([1, 2, 3], np.float32), 4, {"kept": np.array([7.0])})
-        total = Total(Layout(3))
-        total.add(np.array([1, 1, 1, 2], np.float32))
-        after = self.make().step(state, total)
-        assert after.round_number == 5
-        assert after.model.dtype == np.float32
-        assert after.model.shape == (3,)
-        assert after is not state
-        assert state.model.tolist() == [1, 2, 3]
-        assert total.update.tolist() == [1, 1, 1]
-        assert after.memory["kept"].tolist() == [7.0]
-
-    def test_a_diverged_model_shows_as_one_that_is_not_finite(self) -> None:
-        # Not as a warning on the way: the round loop looks at the model and says what to do.
-        largest = np.float32(np.finfo(np.float32).max)
-        out = np.empty(1, np.float32)
-        self.make().contribution(np.array([-largest]), np.array([largest]), rows=3, out=out)
-        assert not np.isfinite(out).any()
-        self.make().contribution(np.array([1], np.float32), np.array([np.inf], np.float32), rows=3, out=out)
-        assert not np.isfinite(out).any()
-        total = Total(Layout(1))
-        total.add(np.array([largest, 1e-30], np.float32))
-        assert not np.isfinite(self.make().step(ServerState(np.zeros(1, np.float32)), total).model).any()
 
 
 class TestFedAvgByRows(StrategyContract):
@@ -108,20 +57,20 @@ class TestByHand:
 
     def test_rows_weigh_the_clients(self, clients: list[tuple[Vector, int]]) -> None:
         # 1 + (2 * 0.2 - 1 * 0.2) / 3 = 1.0666...
-        assert run_round(FedAvg(), self.START, clients).model == pytest.approx([16 / 15], abs=1e-6)
+        assert one_round(FedAvg(), self.START, clients).model == pytest.approx([16 / 15], abs=1e-6)
 
     def test_equal_weights_ignore_the_rows(self, clients: list[tuple[Vector, int]]) -> None:
         # 1 + (0.2 - 0.2) / 2 = 1
-        assert run_round(FedAvg(weighting="equal"), self.START, clients).model == pytest.approx([1], abs=1e-6)
+        assert one_round(FedAvg(weighting="equal"), self.START, clients).model == pytest.approx([1], abs=1e-6)
 
     def test_the_server_takes_its_own_share_of_the_step(self, clients: list[tuple[Vector, int]]) -> None:
         # 1 + 0.5 * 0.0666... = 1.0333...
         strategy = FedAvg(server_learning_rate=0.5)
-        assert run_round(strategy, self.START, clients).model == pytest.approx([31 / 30], abs=1e-6)
+        assert one_round(strategy, self.START, clients).model == pytest.approx([31 / 30], abs=1e-6)
 
     def test_the_next_round_starts_where_this_one_ended(self, clients: list[tuple[Vector, int]]) -> None:
         strategy = FedAvg()
-        first = run_round(strategy, self.START, clients)
+        first = one_round(strategy, self.START, clients)
         total = Total(Layout(1))
         total.add(np.array([0.5, 1.0], np.float32))
         second = strategy.step(first, total)
@@ -134,7 +83,7 @@ class TestSymmetries:
     @given(start=MODELS, model=MODELS, rows=st.lists(st.integers(1, 1000), min_size=1, max_size=6))
     def test_a_cohort_of_one_mind_gives_that_model(self, start: Vector, model: Vector, rows: list[int]) -> None:
         for strategy in (FedAvg(), FedAvg(weighting="equal")):
-            after = run_round(strategy, start, [(model, n) for n in rows]).model
+            after = one_round(strategy, start, [(model, n) for n in rows]).model
             np.testing.assert_allclose(after, model, rtol=1e-6, atol=1e-3)
 
     @settings(max_examples=40)
@@ -143,8 +92,8 @@ class TestSymmetries:
         self, start: Vector, models: list[Vector], data: st.DataObject
     ) -> None:
         clients = [(model, data.draw(st.integers(1, 1000))) for model in models]
-        whole = run_round(FedAvg(), start, clients).model
-        shuffled = run_round(FedAvg(), start, data.draw(st.permutations(clients))).model
+        whole = one_round(FedAvg(), start, clients).model
+        shuffled = one_round(FedAvg(), start, data.draw(st.permutations(clients))).model
         np.testing.assert_allclose(shuffled, whole, rtol=1e-6, atol=1e-6)
 
     @settings(max_examples=40)
@@ -152,7 +101,7 @@ class TestSymmetries:
     def test_the_mean_lies_among_the_clients_models(
         self, start: Vector, models: list[Vector], data: st.DataObject
     ) -> None:
-        after = run_round(FedAvg(), start, [(model, data.draw(st.integers(1, 1000))) for model in models]).model
+        after = one_round(FedAvg(), start, [(model, data.draw(st.integers(1, 1000))) for model in models]).model
         assert np.all(after >= np.min(models, axis=0) - 1e-2)
         assert np.all(after <= np.max(models, axis=0) + 1e-2)
 
@@ -160,6 +109,6 @@ class TestSymmetries:
     @given(start=MODELS, model=MODELS, times=st.integers(1, 20))
     def test_a_row_counted_by_two_clients_weighs_as_in_one(self, start: Vector, model: Vector, times: int) -> None:
         other = (start + 1, 5)
-        one = run_round(FedAvg(), start, [(model, 3 * times), other]).model
-        many = run_round(FedAvg(), start, [*[(model, 3)] * times, other]).model
+        one = one_round(FedAvg(), start, [(model, 3 * times), other]).model
+        many = one_round(FedAvg(), start, [*[(model, 3)] * times, other]).model
         np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-3)

@@ -1,5 +1,6 @@
 """A job is checked whole before anything happens, and every mistake is one line that says how to mend it."""
 
+import math
 import os
 import re
 import tempfile
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from privacy.errors import JobError
 from strategies.explain import known_keys
-from strategies.job import Job, Training, check_job, load_job
+from strategies.job import Job, Schedule, Training, check_job, load_job
 from tests.strategies.jobs import make_job, raw_job
 
 JOB = """
@@ -241,24 +242,36 @@ def test_a_path_that_is_not_a_file_is_refused_in_one_line(job_file: Path, name: 
 
 
 EVERY_SECTION: dict[str, Any] = raw_job(
-    data={"client": None},
+    data={"client": None, "held_out": {"path": "test.csv"}},
     task={},
     strategy={"weighting": "equal"},
+    training={"schedule": {}},
     cohort={},
     privacy={
         "record": {"delta": 1e-5, "epsilon": 1.0},
         "client": {"delta": 1e-5, "epsilon": 1.0, "adaptive_clip": {}},
     },
     secure_aggregation={},
-    simulation={"partition": {"mix": {"north": {"rows": 9, "positive": 0.5}}}, "faults": {}},
+    simulation={
+        "partition": {"mix": {"north": {"rows": 9, "positive": 0.5}}},
+        "faults": {},
+        "devices": {"phone": {"share": 1.0}},
+    },
+)
+
+
+# Whose rows are of several periods, which nothing protects one by one.
+FORECASTING: dict[str, Any] = raw_job(
+    data={"target_type": "number", "target_log": True, "forecast": {"time": "week", "horizon": 1}}
 )
 
 
 @pytest.mark.parametrize(("table", "key"), sorted(set(known_keys(Job))), ids=lambda value: str(value))
 def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...], key: str) -> None:
-    chosen = {"columns": "x", "mix": "north"}
+    chosen = {"columns": "x", "mix": "north", "devices": "phone"}
     parent = [chosen[table[i - 1]] if name == "*" else name for i, name in enumerate(table)]
-    raw = check_job(EVERY_SECTION, where="a test").model_dump(mode="json", exclude_none=True)
+    job = FORECASTING if "forecast" in table else EVERY_SECTION
+    raw = check_job(job, where="a test").model_dump(mode="json", exclude_none=True)
     inner = raw
     for name in parent:
         inner = inner[name]
@@ -417,7 +430,7 @@ class TestHash:
         assert job.toml.startswith(
             b'name = "smallest"\npurpose = "training"\nseed = 0\n\n[data]\ndataset = "records"\n'
         )
-        assert job.hash == "4369279b99ca7273ab41ea172145dce2c30272ffb5151ef164c6b619be109fd2"
+        assert job.hash == "d158fe1d0549c3e8d2a594bbf2f48e4dc094a0c77ceeb01c5375a909940af185"
 
     def test_does_not_depend_on_comments_or_on_the_order_of_the_tables(self, tmp_path: Path, job_file: Path) -> None:
         head, data, columns, training = re.split(r"\n(?=\[)", JOB)
@@ -438,7 +451,9 @@ class TestHash:
         assert len(hashes) == len(VARIANTS)
 
     def test_every_key_has_a_variant_here(self) -> None:
-        changed = {re.sub(r"(columns|mix)\.\w+", r"\1.*", o.partition("=")[0]) for variant in VARIANTS for o in variant}
+        changed = {
+            re.sub(r"(columns|mix|devices)\.\w+", r"\1.*", o.partition("=")[0]) for variant in VARIANTS for o in variant
+        }
         leaves = {".".join([*table, key]) for table, key in known_keys(Job)}
         tables = {leaf for leaf in leaves if any(other.startswith(f"{leaf}.") for other in leaves)}
         assert leaves - tables - changed == set()
@@ -448,6 +463,18 @@ BUNDLED = ["data.path=none", "data.client=none", "data.bundled=breast-cancer"]
 FILES = ["data.path=none", "data.client=none"]
 CLIENT = ["strategy.weighting=equal", "privacy.client={epsilon=1, delta=1e-5}"]
 SUMS = "secure_aggregation={}"
+PHONES = "simulation.devices={phone={share=1.0}}"
+SERIES = [
+    "data.target_type=number",
+    "data.positive=none",
+    "data.target_log=true",
+    "data.forecast={time='week', horizon=3}",
+]
+WINDOW = [
+    "data.target_type=next",
+    "data.positive=none",
+    "data.columns={ill={type='characters', alphabet='ab', window=4}}",
+]
 VARIANTS: list[list[str]] = [
     [],
     ["name=other"],
@@ -470,6 +497,12 @@ VARIANTS: list[list[str]] = [
     ["data.columns.age.range=[0, 121]"],
     ["data.columns.age.range=[0, 120.00000000000001]"],
     ["data.columns.blood.values=['A', 'O', 'B']"],
+    ["data.columns.age.mean=40.0", "data.columns.age.sd=9.0"],
+    ["data.columns.age.mean=40.0", "data.columns.age.sd=8.0"],
+    ["data.columns.age.fill=40"],
+    ["task.name=statistics", "training=none"],
+    ["task.name=statistics", "training=none", "task.bins=9"],
+    ["task.name=statistics", "training=none", "task.statistics=['labels']"],
     ["data.columns.extra={type='category', values=['0', '1']}"],
     ["data.columns.extra={type='category', values=[0, 1]}"],
     ["data.columns.extra={range=[0, 1]}", "data.columns.extra.type=number"],
@@ -477,6 +510,33 @@ VARIANTS: list[list[str]] = [
     ["data.test_fraction=0.2"],
     ["data.stratify=false"],
     ["data.split_seed=1"],
+    ["data.separator=;"],
+    ["data.held_out={path='test.csv'}"],
+    ["data.held_out={path='other.csv'}", "data.held_out.path=others.csv"],
+    ["data.held_out={column='fold', values=['test']}"],
+    ["data.held_out={column='part', values=['test']}", "data.held_out.column=parts"],
+    ["data.held_out={column='fold', values=['test']}", "data.held_out.values=[2]"],
+    ["data.held_out={arrays={age='test_age'}}", "data.held_out.arrays={age='other_age'}"],
+    ["data.target_type=number", "data.positive=none"],
+    ["data.target_type=number", "data.positive=none", "data.target_range=[0, 9]"],
+    ["data.target_type=number", "data.positive=none", "data.target_log=true"],
+    ["data.target_type=time", "data.positive=none", "data.event=died"],
+    [*SERIES],
+    [*SERIES, "data.forecast.time=day"],
+    [*SERIES, "data.forecast.formats=['%Y']"],
+    [*SERIES, "data.forecast.series=shelf"],
+    [*SERIES, "data.forecast.lags=[1, 52]"],
+    [*SERIES, "data.forecast.horizon=4"],
+    [*SERIES, "data.forecast.harmonics=0"],
+    [*SERIES, "data.forecast.spread=0.5"],
+    ["data.columns.extra={type='text', buckets=8}"],
+    ["data.columns.extra={type='text', buckets=8}", "data.columns.extra.buckets=9"],
+    ["data.columns.extra={type='text', buckets=8}", "data.columns.extra.ngrams=[1, 2]"],
+    ["data.columns.extra={type='text', buckets=8}", "data.columns.extra.analyzer=letters"],
+    ["data.columns.extra={type='id', count=8}", "data.columns.extra.count=9"],
+    ["data.columns={extra={type='image', shape=[2, 2]}}", "data.columns.extra.shape=[3, 3]"],
+    [*WINDOW, "data.columns.ill.alphabet=ba"],
+    [*WINDOW, "data.columns.ill.window=9"],
     [*BUNDLED, "simulation.partition={clients=2}"],
     [*BUNDLED, "simulation.partition.clients=3"],
     [*BUNDLED, "simulation.partition={clients=2, alpha=2}"],
@@ -490,6 +550,10 @@ VARIANTS: list[list[str]] = [
     ["task.name=mine.tasks:Mine"],
     ["task.model=mlp"],
     ["task.hidden=[32]"],
+    ["task.model=ft-transformer", "task.heads=2"],
+    ["task.loss=squared"],
+    ["task.loss=huber", "task.huber_delta=2"],
+    ["task.loss=discrete-time", "task.intervals=[1, 2]"],
     ["strategy.name=mine.strategies:Mine"],
     ["strategy.weighting=equal"],
     ["cohort.deadline_s=60"],
@@ -510,9 +574,9 @@ VARIANTS: list[list[str]] = [
     [SUMS, "secure_aggregation.graph=regular"],
     [SUMS, "secure_aggregation.reach=2"],
     [SUMS, "secure_aggregation.reach=2", "secure_aggregation.bits=16"],
-    [SUMS, "secure_aggregation.groups=3", "secure_aggregation.reduce=median"],
-    [SUMS, "secure_aggregation.groups=4", "secure_aggregation.reduce=median"],
-    [SUMS, "secure_aggregation.groups=4", "secure_aggregation.reduce=trimmed-mean"],
+    [SUMS, "secure_aggregation.groups=3", "robust.reduce=median"],
+    [SUMS, "secure_aggregation.groups=4", "robust.reduce=median"],
+    [SUMS, "secure_aggregation.groups=4", "robust.reduce=trimmed-mean"],
     [SUMS, "secure_aggregation.retries=1"],
     [*CLIENT, "privacy.client.noise=bsr", "cohort.separation=2"],
     [*CLIENT, "privacy.client.noise=blt", "cohort.separation=2"],
@@ -529,7 +593,30 @@ VARIANTS: list[list[str]] = [
     ["training.batch_size=17"],
     ["training.batch_size=none", "training.sampling_rate=0.5"],
     ["training.weight_decay=1e-9"],
+    ["training.schedule={}"],
+    ["training.schedule={}", "training.schedule.kind=linear"],
+    ["training.schedule={}", "training.schedule.warmup=2"],
+    ["training.schedule={}", "training.schedule.last=0.1"],
+    ["training.schedule={}", "training.schedule.factor=0.1"],
+    ["training.schedule={}", "training.schedule.every=3"],
+    ["strategy.server_learning_rate=1.0"],
+    ["strategy.name=fedprox"],
+    ["strategy.name=fedprox", "strategy.mu=0.5"],
     ["training.device=cpu"],
+    ["training.budget_s=2.5"],
+    ["training.work={north=3}"],
+    ["training.work={north=4}"],
+    ["training.weak={north=0.5}"],
+    ["training.weak={north=0.25}"],
+    ["regions={north=['a'], south=['b']}"],
+    ["regions={north=['a', 'b']}"],
+    [PHONES],
+    ["simulation.devices={phone={share=0.5}, hub={share=0.5}}"],
+    [PHONES, "simulation.devices.phone.share=0.9999999"],
+    [PHONES, "simulation.devices.phone.speed=2"],
+    [PHONES, "simulation.devices.phone.availability=0.9"],
+    [PHONES, "simulation.devices.phone.trains=0.9"],
+    [PHONES, "cohort.size=3", "cohort.over=0.5"],
     ["cohort.size=3"],
     ["cohort.minimum=2"],
     [PRIVATE],
@@ -544,6 +631,14 @@ VARIANTS: list[list[str]] = [
     ["simulation.baselines=false"],
     ["simulation.faults.dropout=0.1"],
     ["simulation.faults.malformed=0.1"],
+    ["simulation.faults.byzantine=0.2"],
+    ["simulation.faults.byzantine=0.2", "simulation.faults.attack=noise"],
+    ["simulation.faults.byzantine=0.2", "simulation.faults.scale=3"],
+    ["robust.reduce=krum"],
+    ["robust.reduce=krum", "robust.byzantine=2"],
+    ["robust.max_norm=2"],
+    ["robust.max_norm=median"],
+    ["robust.memory_mib=9"],
 ]
 
 
@@ -559,8 +654,10 @@ def sections_of(section: BaseModel) -> Iterator[BaseModel]:
 
 def test_no_key_of_a_job_can_be_assigned_or_removed() -> None:
     job = check_job(EVERY_SECTION, where="a test")
+    forecast = check_job(FORECASTING, where="a test").data.forecast
+    assert forecast is not None
     before, seen = job.hash, 0
-    for section in sections_of(job):
+    for section in [*sections_of(job), forecast]:
         for name in type(section).model_fields:
             seen += 1
             with pytest.raises(ValidationError, match="frozen"):
@@ -583,13 +680,16 @@ class TestSecureAggregation:
             ({"cohort": {"separation": 2}, "privacy": {"client": {"noise": "blt"}}}, "correlated over rounds is not"),
             ({"privacy": {"client": {}}, "secure_aggregation": {"bits": 16, "reach": 1.0}}, "leave out bits, groups"),
             (
-                {"privacy": {"client": {}}, "secure_aggregation": {"groups": 3, "reduce": "median"}},
+                {"privacy": {"client": {}}, "secure_aggregation": {"groups": 3}, "robust": {"reduce": "median"}},
                 "leave out bits, groups",
             ),
-            ({"cohort": {"size": 9}, "secure_aggregation": {"groups": 3, "reduce": "median"}}, "leave out cohort.size"),
-            ({"secure_aggregation": {"groups": 3}}, "groups and reduce go together"),
-            ({"secure_aggregation": {"reduce": "median"}}, "groups and reduce go together"),
-            ({"secure_aggregation": {"groups": 2, "reduce": "median"}}, "two groups have no majority"),
+            (
+                {"cohort": {"size": 9}, "secure_aggregation": {"groups": 3}, "robust": {"reduce": "median"}},
+                "leave out cohort.size",
+            ),
+            ({"secure_aggregation": {"groups": 3}}, "groups and robust.reduce go together"),
+            ({"robust": {"reduce": "median"}}, "nobody sees one update; set secure_aggregation.groups = 5"),
+            ({"secure_aggregation": {"groups": 2}, "robust": {"reduce": "median"}}, "two groups have no majority"),
             ({"privacy": {"record": {}}, "secure_aggregation": {"retries": 1}}, "each retry is a new release"),
             ({"secure_aggregation": {"bits": 16}}, "give reach"),
             ({"secure_aggregation": {"bits": 24}}, "secure_aggregation.bits"),
@@ -626,7 +726,7 @@ class TestSecureAggregation:
             {"privacy": {"client": {"delta": 1e-5, "noise_multiplier": 1.0, "placement": "local"}}},
             {"cohort": {"size": 9, "minimum": 7}},
             {"privacy": {"client": {"delta": 1e-5, "epsilon": 1.0, "adaptive_clip": {}, "clipping": "per-layer"}}},
-            {"secure_aggregation": {"groups": 5, "reduce": "trimmed-mean"}},
+            {"secure_aggregation": {"groups": 5}, "robust": {"reduce": "trimmed-mean"}},
         ],
     )
     def test_what_can_work_is_taken(self, changes: dict[str, Any]) -> None:
@@ -678,3 +778,32 @@ def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_bytes(b"\xef\xbb\xbf" + tomli_w.dumps(raw_job()).encode())
     assert load_job(path).name == raw_job()["name"]
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("kind", ["constant", "cosine", "linear", "step"])
+    @pytest.mark.parametrize("warmup", [0, 3])
+    def test_a_share_rises_while_it_warms_up_then_never_rises_again(self, kind: Any, warmup: int) -> None:
+        schedule = Schedule(kind=kind, warmup=warmup, every=4)
+        shares = [schedule.share(number, 20) for number in range(1, 21)]
+        assert all(0 < share <= 1 for share in shares)
+        assert shares[warmup] == 1.0
+        assert shares[:warmup] == sorted(set(shares[:warmup]))
+        assert shares[warmup:] == sorted(shares[warmup:], reverse=True)
+
+    def test_the_shares_are_those_that_the_kinds_name(self) -> None:
+        # Rounds 1, 6 and 10 of ten: none, half and nine tenths of the way done.
+        for kind, last, expected in [
+            ("linear", 0.0, [1, 0.5, 0.1]),
+            ("linear", 0.2, [1, 0.6, 0.28]),
+            ("cosine", 0.0, [1, 0.5, (1 + math.cos(0.9 * math.pi)) / 2]),
+            ("constant", 0.0, [1, 1, 1]),
+        ]:
+            schedule = Schedule(kind=kind, last=last)  # type: ignore[arg-type]
+            assert [schedule.share(number, 10) for number in (1, 6, 10)] == pytest.approx(expected)
+        steps = Schedule(kind="step", factor=0.1, every=3)
+        assert [steps.share(number, 10) for number in (1, 3, 4, 10)] == pytest.approx([1, 1, 0.1, 0.001])
+
+    def test_the_local_learning_rate_is_the_rounds_share_of_it(self) -> None:
+        job = make_job(training={"rounds": 2, "schedule": {"kind": "linear"}})
+        assert [job.training.learning_rate_in(number) for number in (1, 2)] == [0.5, 0.25]

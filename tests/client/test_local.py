@@ -1,0 +1,115 @@
+"""A strategy gets the records through `fit` alone, and what stays at a site never reaches what leaves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from client.local import LocalTraining
+from client.site import SitePlan
+from privacy.errors import JobError
+from privacy.noise import SeededNoise
+from strategies.fedavg import FedAvg
+from strategies.job import Job
+from strategies.parameters import Vector
+from strategies.protocol import Added, Local, Traits
+from strategies.total import layout_for
+from tests.client.test_site import PLAIN, PRIVATE, ask, make_trainer, some_records
+
+
+def local_training(job: Job, strategy: Any) -> LocalTraining:
+    trainer, records = make_trainer(job), some_records()
+    plan = SitePlan.make(job, rows=len(records), parameters=trainer.parameters.size, rng=SeededNoise.kind, site="s")
+    return LocalTraining(
+        "s",
+        job=job,
+        plan=plan,
+        strategy=strategy,
+        trainer=trainer,
+        records=records,
+        layout=layout_for(job, trainer.parameters.size, strategy.traits),
+        noise=lambda number: SeededNoise(1, "s", number),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(FedAvg):
+    """Trains twice as long as it is charged for."""
+
+    def train(self, received: Vector, local: Local) -> Vector:
+        return local.fit(local.fit(received).copy())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curious(FedAvg):
+    """Sends a loss of the records."""
+
+    def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
+        out[0] = local.loss(received)
+        return Added(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(FedAvg):
+    """Puts what it trained for the site alone where its contributions read."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(kept={"sent": "vector"}, own={"mine": "vector"})
+
+    def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
+        out[:] = local.memory.get("sent", np.zeros_like(received))
+        out += local.memory.get("mine", np.zeros_like(received))
+        local.memory["sent"] = np.ones_like(received)
+        return Added(1.0)
+
+    def personalise(self, received: Vector, local: Local) -> None:
+        trained = local.fit(received).copy()
+        local.memory["sent"][:] = trained
+        local.memory["sent"] = trained
+        local.memory["mine"] = trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talkative(FedAvg):
+    def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
+        return Added(1.0, {"gossip": 1.0})
+
+
+def test_no_strategy_takes_more_noisy_steps_than_the_site_is_charged_for() -> None:
+    with pytest.raises(JobError, match=r"trains \d+ steps in a round that is charged \d+"):
+        local_training(PRIVATE, Greedy())(ask(PRIVATE))
+    assert np.isfinite(local_training(PLAIN, Greedy())(ask(PLAIN)).contribution).all()
+
+
+def test_with_record_level_privacy_no_loss_is_read_for_a_contribution() -> None:
+    with pytest.raises(JobError, match="reads the records besides training"):
+        local_training(PRIVATE, Curious())(ask(PRIVATE))
+    assert local_training(PLAIN, Curious())(ask(PLAIN)).contribution[0] > 0
+
+
+@pytest.mark.parametrize("job", [PLAIN, PRIVATE], ids=["plain", "private"])
+def test_what_was_trained_for_the_site_alone_reaches_no_contribution(job: Job) -> None:
+    training = local_training(job, Careless())
+    first = training(ask(job))
+    assert not first.contribution[:4].any()
+    second = training(ask(job, 2), first.memory)
+    assert second.contribution[:4].tolist() == [1, 1, 1, 1]
+    assert first.memory is not None
+    assert first.memory[:4].tolist() == [1, 1, 1, 1]
+    assert np.abs(first.memory[4:]).max() > 0  # What it keeps for itself is there.
+
+
+def test_a_contribution_has_the_sums_that_the_traits_name() -> None:
+    with pytest.raises(JobError, match="other scalars than its traits name"):
+        local_training(PLAIN, Talkative())(ask(PLAIN))
+
+
+def test_the_same_request_trains_the_same_whatever_was_trained_before() -> None:
+    training = local_training(PLAIN, FedAvg())
+    first = training(ask(PLAIN)).contribution.copy()
+    training(ask(PLAIN, 2))
+    np.testing.assert_array_equal(training(ask(PLAIN)).contribution, first)
