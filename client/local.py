@@ -160,8 +160,8 @@ class _Round:
                 self._source,
                 adjust=adjust,
                 learning_rate=self.learning_rate,
-                enough=stint,
             )
+            stint.taken = steps  # The job has no limit of time then.
         else:
             which = 2 * (self._fits - 1) + self._stays
             seed = training_seed(self._of._job.seed, self._of._name, self._number, which)

@@ -178,7 +178,6 @@ class Trainer:
         *,
         adjust: Adjustment | None = None,
         learning_rate: float | None = None,
-        enough: Callable[[], bool] = lambda: False,
     ) -> None:
         """DP-SGD in place. Returns nothing: a training loss would be one more release.
 
@@ -194,7 +193,6 @@ class Trainer:
             source=source,
             learning_rate=self._training.learning_rate if learning_rate is None else learning_rate,
             adjust=self._adjusted(adjust),
-            enough=enough,
         )
 
     def loss(self, records: DeviceRecords) -> float:

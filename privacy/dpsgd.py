@@ -95,10 +95,8 @@ class RecordLevelSgd:
         source: NoiseSource,
         learning_rate: float,
         adjust: Callable[[Tensor, Tensor], None] = lambda gradient, parameters: None,
-        enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Take the steps in place on `parameters` ((P,) float32, on the device of the data), or fewer: `enough` is
-        asked after each. Fewer cost no more, but noise does not cover how many the records left time for.
+        """Take the steps in place on `parameters` ((P,) float32, on the device of the data).
 
         Batches and noise are drawn from `source`. `adjust` changes each noisy gradient in place by what the parameters
         or earlier releases say (weight decay, a proximal term): after the noise, so it costs nothing.
@@ -114,8 +112,6 @@ class RecordLevelSgd:
             step = torch.from_numpy((noisy / expected_batch).astype(np.float32)).to(parameters.device)
             adjust(step, parameters)
             parameters.sub_(step, alpha=learning_rate)
-            if enough():
-                break
 
     def _clipped_sum(
         self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, gradients: PerExampleGradients

@@ -79,6 +79,11 @@ def _edge_refusal(job: Job, traits: Traits) -> str | None:
             f'training.{differ} with strategy.name = "{said}": it measures its corrections in steps, as many at every '
             f'site; take "feddyn" or "fednova", or leave training.{differ} out'
         )
+    if training.budget_s is not None and job.privacy.record is not None:
+        return (
+            "training.budget_s with privacy.record: how many steps fit into it depends on how large the secret batches "
+            "were, which no noise covers; take training.work = {SITE = STEPS}, which depends on nothing"
+        )
     if shares_of(job):
         weak = "training.weak" if training.weak else "simulation.devices with trains below 1"
         if job.privacy.client is not None:

@@ -93,8 +93,12 @@ class TestTime:
         wanted, beyond = (8, 0) if name == "ditto" else (4, len(counted.steps) - 1)
         assert wanted <= sum(counted.steps) <= wanted + beyond
 
-    def test_dp_sgd_stops_too_and_only_the_steps_that_were_taken_move_the_model(self) -> None:
-        ours = contribution_of(make_job_of(8, privacy=RECORD), pace=Pace(seconds=2.5, clock=Ticks()))
+    def test_with_record_level_privacy_it_is_refused_as_the_secret_batches_decide_how_many_steps_fit(self) -> None:
+        with pytest.raises(JobError, match=r"training.budget_s with privacy.record: .*take training.work"):
+            make_job_of(8, privacy=RECORD, training={"budget_s": 0.5})
+
+    def test_dp_sgd_takes_the_fixed_work_of_a_site(self) -> None:
+        ours = contribution_of(make_job_of(8, privacy=RECORD, training={"work": {"north": 3}}))
         np.testing.assert_array_equal(ours, contribution_of(make_job_of(3, privacy=RECORD)))
 
     def test_what_was_planned_is_charged_however_few_steps_are_taken(self) -> None:
@@ -102,7 +106,7 @@ class TestTime:
             SitePlan.make(job, rows=12, parameters=4, rng=SeededNoise.kind, site="north")
             for job in (
                 make_job_of(8, privacy=RECORD),
-                make_job_of(8, privacy=RECORD, training={"work": {"north": 2}, "budget_s": 0.5}),
+                make_job_of(8, privacy=RECORD, training={"work": {"north": 2}}),
             )
         ]
         assert plans[0].events == plans[1].events
