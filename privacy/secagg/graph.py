@@ -22,6 +22,7 @@ from privacy.errors import JobError
 MAX_CLIENTS = 10**6
 _PERMUTATION_DOMAIN = b"fedchorus secagg graph v1\0"
 _ROUNDING = 1e-14  # 0.29 * 100 is 28.999...96 and means 29.
+_TIE = 1e-11  # Relative: more than the rounding of a sum of probabilities, less than any two that differ.
 
 
 def harary(members: Sequence[int], *, degree: int, seed: bytes) -> dict[int, tuple[int, ...]]:
@@ -103,13 +104,14 @@ def graph_parameters(
     colluding, lost = (math.floor((share + _ROUNDING) * clients) for share in (corrupted, dropouts))
     security = 2.0 ** -(security_bits + 1)  # Half for a broken ring, half for a captured neighbourhood.
     for degree in range(2, clients - 1, 2):
-        if _ring_breaks(clients, degree, colluding + lost) >= math.log(security):
+        # A bound that is met exactly is not kept, whichever way its last digit was rounded.
+        if _ring_breaks(clients, degree, colluding + lost) >= math.log(security) - _TIE:
             continue
         captured, kept = (_neighbours(clients, marked, degree) for marked in (colluding, clients - lost))
-        most_corrupted = int(np.count_nonzero(np.cumsum(captured[::-1]) >= security / clients)) - 1
+        most_corrupted = int(np.count_nonzero(np.cumsum(captured[::-1]) >= (1 - _TIE) * security / clients)) - 1
         safe = most_corrupted if adversary == "semi-honest" else (degree + most_corrupted) // 2
         threshold = max(2, safe + 1)
-        least_kept = int(np.count_nonzero(np.cumsum(kept) < 2.0**-failure_bits / clients))
+        least_kept = int(np.count_nonzero(np.cumsum(kept) < (1 - _TIE) * 2.0**-failure_bits / clients))
         if threshold <= least_kept:
             return GraphParameters(degree, threshold)
     raise JobError(

@@ -1432,7 +1432,7 @@ def test_the_fewest_that_a_job_allows_by_hand(
 def test_the_promise_is_what_the_sites_of_a_job_work_out_themselves() -> None:
     for overrides in (
         ["secure_aggregation={bits=20}"],
-        ["secure_aggregation={groups=3,reduce='median',colluders=0,bits=20}"],
+        ["secure_aggregation={groups=3,colluders=0,bits=20}", "robust.reduce=median"],
         ["secure_aggregation={dropouts=3,bits=20}", "cohort.size=12"],
         ["secure_aggregation={dropouts=3,graph='regular',colluders=2,bits=20}", "cohort.minimum=40"],
     ):

@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from privacy.errors import JobError
@@ -171,6 +171,7 @@ class TestGraphParameters:
             assert found == GraphParameters(*expected)
 
     @settings(max_examples=100, deadline=None)
+    @example(25, 0.125, 0.09375, "semi-honest", (1, 1))  # C(23, 2) / C(25, 4) is 1/50, its very bound.
     @given(
         st.integers(5, 100),
         st.floats(0, 0.4),
