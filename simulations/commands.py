@@ -158,7 +158,7 @@ def scenarios(
 def strategies(as_json: AsJson = False, verbose: Verbose = False) -> None:
     """List the strategies, and which kinds of protection a job may have with each."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from strategies.catalogue import STRATEGIES
     from strategies.composition import matrix
@@ -167,7 +167,8 @@ def strategies(as_json: AsJson = False, verbose: Verbose = False) -> None:
     if as_json:
         typer.echo(json.dumps(table))
         return
-    shown = Table("strategy", *next(iter(table.values())), box=None)
+    kinds = (Column(kind, overflow="fold") for kind in next(iter(table.values())))
+    shown = Table(Column("strategy", no_wrap=True), *kinds, box=None)
     for name, row in table.items():
         shown.add_row(name, *("yes" if why is None else "no" for why in row.values()))
     console = Console()

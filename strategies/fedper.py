@@ -58,7 +58,8 @@ class FedPer(FedAvg):
             what = "all of" if all(chosen) else "none of"
             raise JobError(
                 f"strategy.keep: {', '.join(patterns) or 'its default'} names {what} the model's arrays "
-                f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+                f"({', '.join(names[:8])}{', ...' if len(names) > 8 else ''}); name some of them, or take a "
+                "task.model that has more layers"
             )
         return np.repeat(chosen, parameters.sizes)
 
