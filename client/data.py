@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, is_zipfile
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from client.encodings import Series, bags, lagged, lagged_names, pixels, windows
 from privacy.errors import DataError
 from privacy.ledger import SITE_NAME
-from strategies.job import Column, Data
+from strategies.job_data import Column, Data
 
 HELD_OUT = "\0held out"  # No file has a column of this name.
 
@@ -31,20 +31,25 @@ class Records:
     """Encoded rows: `features` (n, d) float32 and `target`: (n,) int64 class numbers from 0, or what the task is for.
 
     `kept` says of each row of the table that they came from whether it is here; None means all of them. `held_out` says
-    which rows are for testing, where that is laid down.
+    which rows are for testing, where that is laid down; `groups` ((n, G) int64), for an evaluation, to which group of
+    each of G columns a row belongs.
     """
 
     features: NDArray[np.float32]
     target: NDArray[Any]
     kept: NDArray[np.bool_] | None = None
     held_out: NDArray[np.bool_] | None = None
+    groups: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.target)
 
     def take(self, rows: NDArray[np.int64]) -> Records:
         return Records(
-            self.features[rows], self.target[rows], held_out=None if self.held_out is None else self.held_out[rows]
+            self.features[rows],
+            self.target[rows],
+            held_out=None if self.held_out is None else self.held_out[rows],
+            groups=None if self.groups is None else self.groups[rows],
         )
 
 
@@ -282,7 +287,7 @@ def _standardised(parts: SiteData) -> SiteData:
     spread[spread == 0] = 1.0
 
     def scaled(records: Records) -> Records:
-        return Records(((records.features - mean) / spread).astype(np.float32), records.target)
+        return replace(records, features=((records.features - mean) / spread).astype(np.float32))
 
     return SiteData(scaled(parts.train), scaled(parts.test))
 

@@ -38,6 +38,7 @@ from privacy.secagg.client import InMemory
 from privacy.secagg.roster import Roster
 from strategies.envelope import COORDINATOR, Seal, array_digest
 from strategies.job import Job, parse_job
+from strategies.measured import measures
 from strategies.messages import (
     NOTHING,
     Agreed,
@@ -82,6 +83,26 @@ def plan_of(job: Job, opened: Opened, *, sites: int, site: str) -> tuple[SitePla
         secure=secure,
     )
     return plan, secure
+
+
+def evaluated_model(job: Job, state: Path) -> Vector:
+    """Of an evaluation the model that this site was delivered, or made its own of; of other jobs nothing.
+
+    `state` is the site's folder of what it keeps. Raises `Refused` for a job that this site has not finished, or one of
+    other data or another task.
+    """
+    choice = job.evaluation
+    if choice is None:
+        return NOTHING
+    folder = state / "jobs" / choice.of
+    path = folder / {"shared": "model.safetensors", "own": "own_model.safetensors"}[choice.model]
+    if not path.is_file():
+        raise Refused(f"an evaluation of job {choice.of[:12]}, of which this site has no {choice.model} model")
+    trained = parse_job((folder / "job.toml").read_text(encoding="utf-8"), where="the evaluated job")
+    stratify = trained.data.stratify if trained.data.stratify is not None else trained.privacy.record is None
+    if (job.data, job.task) != (trained.data.model_copy(update={"stratify": stratify}), trained.task):
+        raise Refused(f"an evaluation of job {choice.of[:12]} that reads other data, or for another task")
+    return Parameters.load(path)[1]
 
 
 @dataclass
@@ -222,9 +243,10 @@ class Desk:
             timeout_s=min(job.cohort.deadline_s or DEADLINE_S, self.settings.trainer.longest_s),
             memory_bytes=int(self.settings.trainer.memory_gb * 2**30) if self.settings.trainer.memory_gb else None,
         )
+        evaluated = evaluated_model(job, self.folder.state)
         trainer.start()
         self.log.info("the trainer is shut in", isolation=trainer.isolation)
-        opened = trainer.open(job, self.name)
+        opened = trainer.open(job, self.name, evaluated)
         if (opened.parameters.size, opened.parameters.digest) != (offer.parameters, offer.shapes):
             raise Refused("the offered model has other arrays than the task builds here")
         plan, secure = plan_of(job, opened, sites=len(self.roster.members), site=self.name)
@@ -349,7 +371,8 @@ class Desk:
             if known["personal"]:
                 model = self._own_model(message.model, folder)
                 parameters.save(model, folder.path / "own_model.safetensors", metadata)
-            report["metrics"] = self._trainer.evaluate(model)
+            if measures(job) is None:  # What was measured is the federation's, and in the model itself.
+                report["metrics"] = self._trainer.evaluate(model)
         except (FedchorusError, OSError) as error:
             why = str(error) if isinstance(error, FedchorusError) else type(error).__name__
             self.log.warning("the model could not be evaluated here", why=why)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.errors import DataError
-from strategies.job import Column, Forecast
+from strategies.job_data import Column, Forecast
 
 YEAR_DAYS = 365.25
 PADDING = -1  # What follows behind the end of a text.

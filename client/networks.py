@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from privacy.errors import JobError
-from strategies.job import TaskChoice
+from strategies.job_task import TaskChoice
 
 HEADS = 4
 

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from client.encodings import PADDING
 from client.networks import CausalConvolution, one_width
-from strategies.job import Data, TaskChoice
+from strategies.job_data import Data
+from strategies.job_task import TaskChoice
 
 
 class NextCharacter:

@@ -43,6 +43,7 @@ class Policy(PolicyFile):
             *self._data(request, ledger, now),
             *self._privacy(request),
             *self._secure(request),
+            *self._evaluation(request.job),
             *self._limits(request, now, history),
         ]
         if violations:
@@ -60,6 +61,7 @@ class Policy(PolicyFile):
             *([] if dataset in self.data else [Violation(f"data.{dataset}", "the data set is not listed")]),
             *self._privacy(request),
             *self._secure(request),
+            *self._evaluation(request.job),
             *self._limits(request, now, history),
         ]
         if violations:
@@ -185,6 +187,18 @@ class Policy(PolicyFile):
         if shape.minimum < rules.minimum_cohort:
             why = f"the job would show a sum of {shape.minimum} sites, not {rules.minimum_cohort}"
             yield Violation("secure_aggregation.minimum_cohort", why)
+
+    def _evaluation(self, job: Job) -> Iterator[Violation]:
+        choice, rules = job.evaluation, self.evaluation
+        if choice is None:
+            return
+        if job.secure_aggregation is None and not rules.allow_plain:
+            yield Violation("evaluation.allow_plain", "the server would see this site's figures by themselves")
+        if choice.sites is not None and not rules.allow_site_figures:
+            yield Violation("evaluation.allow_site_figures", "the job counts sites by their own figures")
+        if choice.groups and job.privacy.record is None and choice.smallest < rules.smallest_group:
+            why = f"the job's smallest is {choice.smallest}, not {rules.smallest_group}"
+            yield Violation("evaluation.smallest_group", why)
 
     def _limits(self, request: JobRequest, now: datetime, history: History) -> Iterator[Violation]:
         job, limits = request.job, self.limits

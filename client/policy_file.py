@@ -15,7 +15,7 @@ from privacy.errors import FedchorusError
 from privacy.events import UNIT_CLIENT, UNIT_RECORD
 from privacy.secagg.session import ANONYMITY
 from strategies.explain import explain
-from strategies.job import Count, Name, NotNegative, Positive, Section
+from strategies.sections import Count, Name, NotNegative, Positive, Section
 
 VERSION = 1
 Delta = Annotated[float, Field(gt=0, lt=1)]
@@ -106,6 +106,14 @@ class SecureRules(Section):
     minimum_colluders: Annotated[int, Field(ge=0)] = 1
 
 
+class EvaluationRules(Section):
+    """What may leave of how a model does at this site alone."""
+
+    allow_plain: bool = False
+    allow_site_figures: bool = False
+    smallest_group: Count = 10
+
+
 class Rates(Section):
     """How much, how often and when."""
 
@@ -155,6 +163,7 @@ class PolicyFile(Section):
     data: dict[Name, DataSet] = Field(default_factory=dict)
     privacy: PrivacyRules = PrivacyRules()
     secure_aggregation: SecureRules = SecureRules()
+    evaluation: EvaluationRules = EvaluationRules()
     limits: Rates = Rates()
 
     @model_validator(mode="after")
@@ -262,6 +271,12 @@ allow = ["fedavg"]
 #required = true
 #minimum_cohort = 3
 #minimum_colluders = 1
+
+# What a job with an [evaluation] may learn of how a model does here.
+[evaluation]
+#allow_plain = false  # Without secure aggregation: the server would see this site's figures by themselves.
+#allow_site_figures = false  # This site's own figure as one of a count over the sites, without its name.
+#smallest_group = 10  # A group of fewer of this site's test rows is left out.
 
 [limits]
 #jobs_per_day = 10

@@ -5,24 +5,35 @@ from __future__ import annotations
 import pandas as pd
 
 from client.data import Records, SiteData, encode, feature_names, split
-from client.statistics import measured, measures, phi, width
+from client.statistics import measured, phi, width
+from strategies.evaluation import size_of
 from strategies.job import Job
+from strategies.measured import measures
 
 
 def records_of(frame: pd.DataFrame, job: Job, *, where: str) -> Records:
     """Check a table against the job's schema and encode its rows. Raises `DataError`."""
-    return phi(frame, job, where=where) if measures(job) else encode(frame, job.data, where=where)
+    if job.evaluation is not None:
+        from client.evaluation import rows_of  # It needs torch.
+
+        return rows_of(frame, job, where=where)
+    return phi(frame, job, where=where) if measures(job) == "statistics" else encode(frame, job.data, where=where)
 
 
 def site_data(records: Records, job: Job, *, site: str) -> SiteData:
-    """A site's rows to train on and to test on. Raises `DataError` for a site that cannot train."""
+    """A site's rows to train on and to test on; of an evaluation `client.evaluation.Judge` makes them.
+
+    Raises `DataError` for a site that cannot train.
+    """
     # The labels of other records must not decide who is trained on: not with privacy, unless the job insists.
     stratify = job.data.stratify if job.data.stratify is not None else job.privacy.record is None
-    if measures(job):
+    if measures(job) == "statistics":
         return measured(records, job.data, site=site, stratify=stratify)
     return split(records, job.data, site=site, stratify=stratify)
 
 
 def feature_count(job: Job) -> int:
     """How many numbers a record becomes."""
-    return width(job) if measures(job) else len(feature_names(job.data))
+    if job.evaluation is not None:
+        return size_of(job)
+    return width(job) if measures(job) == "statistics" else len(feature_names(job.data))

@@ -15,7 +15,8 @@ from torch.nn import functional
 from client.networks import MatrixFactorisation, tabular
 from client.scores import r2, rmse, wape
 from privacy.errors import JobError
-from strategies.job import Data, TaskChoice
+from strategies.job_data import Data
+from strategies.job_task import TaskChoice
 
 
 class TabularRegression:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from client.content import content_of
-from client.desk import PRIVATE, plan_of
+from client.desk import PRIVATE, evaluated_model, plan_of
 from client.history import History
 from client.policy import JobRequest, Policy
 from client.settings import Settings, SiteFolder
@@ -65,7 +65,8 @@ class Rehearsal:
             timeout_s=min(LONGEST_S, trainer.longest_s),
             memory_bytes=int(trainer.memory_gb * 2**30) if trainer.memory_gb else None,
         ) as process:
-            opened = self._opened = process.open(self.job, self.settings.name)
+            evaluated = evaluated_model(self.job, self.folder.state)
+            opened = self._opened = process.open(self.job, self.settings.name, evaluated)
             return (
                 f"they fit the schema: {opened.rows} rows to train on, {opened.test_rows} to test; a model of "
                 f"{opened.parameters.size} parameters on {opened.device} ({process.isolation})"

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from client.statistics import value_places
-from strategies.job import Column, Data
+from strategies.job_data import Column, Data
 
 MOST_OUTSIDE = 0.01  # Of a column's numbers: a range that cuts off less was drawn for the bulk of them.
 

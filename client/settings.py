@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from privacy.durable import write_atomically
 from privacy.errors import RunError
-from strategies.job import Name, Positive, Section
+from strategies.sections import Name, Positive, Section
 from strategies.settings import Address, Hex32, read_settings
 
 VERSION = 1

@@ -21,7 +21,8 @@ from privacy.noise import NoiseSource
 from privacy.secagg.client import SecureClient, Store
 from privacy.secagg.journal import Journal
 from privacy.secagg.roster import Roster
-from strategies.job import Job, Protection
+from strategies.job import Job
+from strategies.job_privacy import Protection
 from strategies.messages import Answer, Ask, MalformedMessage, Request, Step
 from strategies.parameters import Vector
 from strategies.secure import SecureSum

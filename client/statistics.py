@@ -14,13 +14,9 @@ from numpy.typing import NDArray
 
 from client.data import Records, SiteData, held_out_rows, split
 from privacy.errors import DataError
-from strategies.job import Column, Data, Job
-from strategies.statistics import TASK, blocks_of, class_names, column_of, scale_of, size_of
-
-
-def measures(job: Job) -> bool:
-    """Whether a job's task is to measure statistics."""
-    return job.task.name == TASK
+from strategies.job import Job
+from strategies.job_data import Column, Data
+from strategies.statistics import blocks_of, class_names, column_of, scale_of, size_of
 
 
 def width(job: Job) -> int:

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from client.networks import tabular
 from client.scores import c_index
-from strategies.job import Data, TaskChoice
+from strategies.job_data import Data
+from strategies.job_task import TaskChoice
 
 
 class Survival:

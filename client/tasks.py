@@ -13,7 +13,9 @@ from client.networks import ImageNet, tabular
 from client.scores import f1, roc_auc
 from privacy.errors import JobError
 from strategies.catalogue import build, resolve
-from strategies.job import Data, Job, TaskChoice
+from strategies.job import Job
+from strategies.job_data import Data
+from strategies.job_task import TaskChoice
 
 
 class Task(Protocol):
@@ -107,14 +109,15 @@ TASKS: Mapping[str, str] = {
 
 
 def task_for(job: Job) -> Task:
-    """The job's task. One that ships with fedchorus is told the public constants of the data too.
+    """The job's task; of an evaluation what measures, and not the task that it evaluates. One that ships with fedchorus
+    is told the public constants of the data too.
 
     Raises `JobError` for a task that does not go with the job's data, model, loss or privacy.
     """
-    name, data = job.task.name, job.data
+    name, data = "statistics" if job.evaluation is not None else job.task.name, job.data
     kind = resolve(name, TASKS, key="task.name")
     settings = {"data": data} if name in TASKS else {}
-    if name in TASKS:
+    if name in TASKS and job.evaluation is None:
         _check_choice(kind, job)
     task: Task = build(kind, ("model", "loss", "metrics"), job.task, key="task.name", **settings)
     if getattr(task, "coupled", False) and job.privacy.record is not None:

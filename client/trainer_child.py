@@ -39,10 +39,12 @@ _PROBE_S = 1.0
 
 
 class Loaded:
-    """One job at one site: its data, its model, what trains it."""
+    """One job at one site: its data, its model, what trains it. `evaluated` ((P,) float32) is, of an evaluation, the
+    model that it evaluates."""
 
-    def __init__(self, job: Job, site: str, data: Path) -> None:
+    def __init__(self, job: Job, site: str, data: Path, evaluated: Vector = NOTHING) -> None:
         from client.data import class_count, read_frame
+        from client.evaluation import Judge
         from client.reading import feature_count, records_of, site_data
         from client.tasks import initial_model, task_for
         from client.training import Trainer
@@ -50,10 +52,13 @@ class Loaded:
         self.job, self.site = job, site
         # The task's own code is built before records are read: what it says in an error cannot hold one.
         self.strategy, task = strategy_for(job), task_for(job)
+        judge = Judge(job) if job.evaluation is not None else None
         model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
         self.trainer: Trainer = Trainer(task, model, job.training)
         records = records_of(read_frame(data, job.data), job, where=str(data))
-        self.data: SiteData = site_data(records, job, site=site)
+        self.data: SiteData = (
+            site_data(records, job, site=site) if judge is None else judge.site_data(records, evaluated, site=site)
+        )
         self.trainer.try_out(self.data.train)
         self.layout = layout_for(job, self.trainer.parameters.size, self.strategy.traits)
         self.test = self.trainer.place(self.data.test)
@@ -107,8 +112,10 @@ class Loaded:
 
     def evaluate(self, model: Vector) -> dict[str, float]:
         self.trainer.load(model)
-        metrics = self.trainer.evaluate(self.test.features, self.test.targets)
-        return {**{name: float(values.double().mean()) for name, values in metrics.items()}, "rows": len(self.test)}
+        if not len(self.test):
+            return {"rows": 0}
+        figures = self.trainer.figures(self.trainer.outputs(self.test.features), self.test.targets)
+        return {**{name: value for name, value in figures.items() if value is not None}, "rows": len(self.test)}
 
 
 class Child:
@@ -152,10 +159,10 @@ class Child:
         }
         return found, NOTHING
 
-    def _open(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:
+    def _open(self, call: dict[str, Any], given: Vector) -> tuple[dict[str, Any], Vector]:
         self._loaded = None
         job = check_job(tomllib.loads(call["job"]), where="the job")
-        self._loaded = Loaded(job, call["site"], Path(call["data"]))
+        self._loaded = Loaded(job, call["site"], Path(call["data"]), given)
         return self._loaded.describe(), NOTHING
 
     def _plan(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:

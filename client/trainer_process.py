@@ -115,7 +115,7 @@ class TrainerProcess:
         self._sandbox: Sandbox | None = None
         self._proof: Proof | None = None
         self._life: Life | None = None
-        self._job: tuple[Job, str] | None = None
+        self._job: tuple[Job, str, Vector] | None = None
         self._opened: Opened | None = None
         self._plan: SitePlan | None = None
 
@@ -138,15 +138,16 @@ class TrainerProcess:
         self._sandbox = Sandbox.choose(self._asked)
         self._make(lambda life: None)
 
-    def open(self, job: Job, site: str) -> Opened:
-        """Read and check the data, build the model. Raises `DataError` or `JobError` for what cannot work."""
+    def open(self, job: Job, site: str, evaluated: Vector = NOTHING) -> Opened:
+        """Read and check the data, build the model. `evaluated` ((P,) float32) is, of an evaluation, the model that it
+        evaluates. Raises `DataError` or `JobError` for what cannot work."""
         self._job = self._opened = self._plan = None
 
         def opened(life: Life) -> Opened:
-            return self._open(life, job, site)
+            return self._open(life, job, site, evaluated)
 
         self._opened = self._make(opened)
-        self._job = (job, site)
+        self._job = (job, site, evaluated)
         return self._opened
 
     def plan(self, plan: SitePlan) -> None:
@@ -301,10 +302,9 @@ class TrainerProcess:
             raise RunError(f"isolation is required, but does not hold ({proof.words(sandbox)}); nothing was opened")
         return proof
 
-    def _open(self, life: Life, job: Job, site: str) -> Opened:
-        answer = self._ask(
-            life, {"call": "open", "job": job.toml.decode(), "site": site, "data": str(self._data.resolve())}
-        )
+    def _open(self, life: Life, job: Job, site: str, evaluated: Vector) -> Opened:
+        call = {"call": "open", "job": job.toml.decode(), "site": site, "data": str(self._data.resolve())}
+        answer = self._ask(life, call, evaluated)
         if answer.get("job") != job.hash:
             raise MalformedFrame("it is for another job")
         device = answer.get("device")

@@ -6,6 +6,7 @@ allocated per round that grows with the number of sites.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.data import Records
-from client.tasks import Task
+from client.tasks import Scores, Task
 from privacy.dpsgd import RecordLevelSgd, VmapGradients, check_trainable
 from privacy.errors import JobError
 from privacy.noise import NoiseSource
@@ -212,6 +213,14 @@ class Trainer:
         for name, values in {"its loss": losses, **metrics}.items():
             if tuple(values.shape) != (len(few),):
                 raise JobError(f"task.name: {name} must be one value per record, got shape {tuple(values.shape)}")
+
+    def figures(self, outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
+        """What the task says of rows: each metric's mean, and its scores of all of them at once; None where they do not
+        define it."""
+        found = {name: float(values.double().mean()) for name, values in self.task.metrics(outputs, targets).items()}
+        if isinstance(self.task, Scores) and len(targets):
+            found |= self.task.scores(outputs.cpu(), targets.cpu())
+        return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
     def evaluate(self, features: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
         """Per-example metrics of the loaded model, each (B,)."""

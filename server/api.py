@@ -9,6 +9,7 @@ The guard has checked who calls. JSON in, JSON out; a model travels in pieces.
 | POST jobs                     | operator | {toml, model, approvals}: submit                                 |
 | GET  jobs, jobs/ID            | operator | where they stand                                                 |
 | GET  jobs/ID/events?after=N   | operator | what happened                                                    |
+| GET  jobs/ID/result           | operator | {toml, summary}: the resolved job, and of a finished one its summary |
 | GET  jobs/ID/model?at=N       | operator | a piece of the model                                             |
 | POST jobs/ID/stop, .../resume | operator |                                                                  |
 | GET  sites                    | operator | who is there, who has signed the roster                          |
@@ -44,6 +45,7 @@ class Office(Protocol):
     def jobs(self) -> list[dict[str, Any]]: ...
     def job(self, name: str) -> dict[str, Any]: ...
     def events(self, name: str, after: int) -> list[dict[str, Any]]: ...
+    def result(self, name: str) -> dict[str, Any]: ...
     def model(self, name: str, at: int) -> bytes: ...
     def stop_job(self, name: str) -> dict[str, Any]: ...
     def resume_job(self, name: str) -> dict[str, Any]: ...
@@ -126,6 +128,7 @@ def make_api(office: Office) -> Starlette:
             route("jobs", "GET", "operator", simply(office.jobs)),
             route("jobs/{job}", "GET", "operator", simply(office.job, name)),
             route("jobs/{job}/events", "GET", "operator", simply(office.events, name, lambda r: _number(r, "after"))),
+            route("jobs/{job}/result", "GET", "operator", simply(office.result, name)),
             route("jobs/{job}/model", "GET", "operator", simply(office.model, name, lambda r: _number(r, "at"))),
             route("jobs/{job}/stop", "POST", "operator", simply(office.stop_job, name)),
             route("jobs/{job}/resume", "POST", "operator", simply(office.resume_job, name)),

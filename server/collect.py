@@ -13,7 +13,8 @@ from typing import Protocol
 
 from privacy.errors import RunError
 from privacy.ledger import Head
-from strategies.job import Job, Robust
+from strategies.job import Job
+from strategies.job_privacy import Robust
 from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, Request, Stepped, check_reply
 from strategies.robust import fewest, gather, liars
 from strategies.total import Total

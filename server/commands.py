@@ -178,13 +178,18 @@ def resume_job(job: str, *, operator: Path | None = None, as_json: bool) -> None
 
 def fetch(
     job: JobName,
-    out: Annotated[Path, typer.Option(help="Where to write the model (safetensors).")],
+    out: Annotated[
+        Path, typer.Option(help="NAME.safetensors for the model alone; else a folder with job and summary.")
+    ],
     operator: OperatorFile = None,
     verbose: Verbose = False,
 ) -> None:
-    """Fetch the model of a finished job."""
+    """Fetch the model of a finished job, alone or as a folder that `statistics` and `evaluate` read."""
     with _remote(operator) as remote:
-        remote.fetch(job, out)
+        if out.suffix == ".safetensors":
+            remote.fetch(job, out)
+        else:
+            remote.fetch_folder(job, out)
     typer.echo(str(out))
 
 

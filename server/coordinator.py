@@ -258,6 +258,11 @@ class Coordinator:
     def events(self, name: str, after: int) -> list[dict[str, Any]]:
         return self._job(name).events(after)
 
+    def result(self, name: str) -> dict[str, Any]:
+        job = self._job(name)
+        summary = job.read("summary.json") if job.state == "finished" else None
+        return {"toml": job.job.toml.decode(), "summary": summary}
+
     def model(self, name: str, at: int) -> bytes:
         from server.api import PIECE
 

@@ -22,7 +22,7 @@ from privacy.enrolment import Invitation, split_address
 from privacy.errors import Refused, RunError
 from privacy.keys import IdentityKey, TlsKey, new_private_folder
 from server.operators import new_token
-from strategies.job import Name, Positive, Section
+from strategies.sections import Name, Positive, Section
 from strategies.settings import Address, Hex32, read_settings
 
 SERVER_TOML = """\

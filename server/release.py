@@ -35,7 +35,8 @@ from privacy.ledger import SERVER, Entry, Head
 from privacy.mechanism import GaussianSum
 from privacy.noise import NoiseSource, discretisation_tv
 from server.cohort import expected_size
-from strategies.job import ClientPrivacy, Job
+from strategies.job import Job
+from strategies.job_privacy import ClientPrivacy
 from strategies.parameters import Vector, vector_hash
 from strategies.protocol import ServerState
 from strategies.total import BELOW_CLIP, Layout, Total

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +82,27 @@ class Remote:
     def resume(self, name: str) -> dict[str, Any]:
         view: dict[str, Any] = self._json("POST", f"/jobs/{_in_path(name)}/resume")
         return view
+
+    def fetch_folder(self, name: str, folder: Path) -> None:
+        """Write a job's `job.toml`, `model.safetensors` and `summary.json` into a new `folder`: what can be read as a
+        finished run. Raises `RunError` for one that is not finished, or a folder that is there."""
+        found = self._json("GET", f"/jobs/{_in_path(name)}/result")
+        toml, summary = found.get("toml"), found.get("summary")
+        if not isinstance(toml, str) or not isinstance(summary, dict | None):
+            raise RunError(f"{self._address}: {ANOTHER}")
+        if summary is None:
+            raise RunError(f"job {name}: is not finished; `fedchorus status` says where it stands")
+        if folder.exists():
+            raise RunError(f"{folder}: is there already; choose another --out")
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            (partial / "job.toml").write_bytes(toml.encode())
+            (partial / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+            self.fetch(name, partial / "model.safetensors")
+            partial.replace(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def fetch(self, name: str, path: Path) -> None:
         """Write the finished job's model to `path`, whole or not at all."""

@@ -20,7 +20,7 @@ from privacy.secagg.roster import Roster
 from privacy.secagg.server import SecureServer
 from privacy.secagg.session import Terms
 from server.collect import Collected, Failure, Transport
-from strategies.job import Robust
+from strategies.job_privacy import Robust
 from strategies.messages import Ask, MalformedMessage, Refusal, Stage, Step, Stepped, check_stepped
 from strategies.robust import liars, reduced
 from strategies.secure import SecureSum, is_sound, rotation_of

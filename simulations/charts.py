@@ -157,16 +157,18 @@ def line_chart(
     return _chart(ident, title, description, height, *parts)
 
 
-def bar_chart(ident: str, title: str, description: str, bars: Mapping[str, float | None], *, x_label: str) -> Markup:
-    """Draw horizontal bars of shares from 0% up, each with its name and figure, the first in the accent colour."""
+def bar_chart(
+    ident: str, title: str, description: str, bars: Mapping[str, float | None], *, x_label: str, percent: bool = True
+) -> Markup:
+    """Draw horizontal bars from 0 up, each with its name and figure, the first in the accent colour."""
     left, pitch, top = 96, 44, 8
     bottom = top + pitch * len(bars)
-    marks = ticks(0.0, max([1.0, *(value for value in bars.values() if value is not None)]))
+    marks = ticks(0.0, max([1.0 if percent else 0.0, *(value for value in bars.values() if value is not None)]))
     across = _Scale(marks[0], marks[-1], left, WIDTH - 56)
     parts: list[Markup] = []
     for mark in marks:
         parts.append(_rule(across(mark), top, across(mark), bottom))
-        parts.append(_text(across(mark), bottom + 18, _tick_text(mark, marks[1], percent=True), "middle"))
+        parts.append(_text(across(mark), bottom + 18, _tick_text(mark, marks[1], percent), "middle"))
     parts.append(_text(across(marks[-1] / 2), bottom + 38, x_label, "middle"))
     for i, (name, value) in enumerate(bars.items()):
         y, kind = top + pitch * (i + 0.5), "name" if i else "strong"
@@ -175,7 +177,7 @@ def bar_chart(ident: str, title: str, description: str, bars: Mapping[str, float
             element("rect", class_="bar" if i else "bar first", x=left, y=y - 13, width=length, height=26, rx=2)
         )
         parts.append(_text(left - 10, y + 4, name, f"end {kind}"))
-        parts.append(_text(left + length + 8, y + 4, "-" if value is None else f"{value:.1%}", kind))
+        parts.append(_text(left + length + 8, y + 4, "-" if value is None else _figure(value, percent), kind))
     return _chart(ident, title, description, bottom + 46, *parts)
 
 
@@ -187,6 +189,7 @@ def dot_chart(
     *,
     marks: Sequence[float],
     names: tuple[str, str, str],
+    percent: bool = True,
 ) -> Markup:
     """Draw one row a pair: a dot and a ring on the axis `marks`, tied by a line, with the note at the right.
 
@@ -204,7 +207,7 @@ def dot_chart(
     parts.append(_text(WIDTH, 16, names[2], "end"))
     for mark in marks:
         parts.append(_rule(across(mark), top, across(mark), bottom))
-        parts.append(_text(across(mark), bottom + 18, _tick_text(mark, marks[1] - marks[0], percent=True), "middle"))
+        parts.append(_text(across(mark), bottom + 18, _tick_text(mark, marks[1] - marks[0], percent), "middle"))
     for i, pair in enumerate(pairs):
         y = top + pitch * (i + 0.5)
         ends = [(v, kind) for v, kind in ((pair.ring, "ring"), (pair.dot, "dot")) if v is not None]
@@ -212,7 +215,7 @@ def dot_chart(
         if len(ends) == 2:
             row.append(_rule(across(ends[0][0]), y, across(ends[1][0]), y, "tie"))
         row += [element("circle", class_=k, cx=across(v), cy=y, r=radius - (k == "ring")) for v, k in ends]
-        told = [f"{names[k == 'ring']} {v:.1%}" for v, k in reversed(ends)] or ["no figure"]
+        told = [f"{names[k == 'ring']} {_figure(v, percent)}" for v, k in reversed(ends)] or ["no figure"]
         parts.append(element("g", element("title", f"{pair.name}: {', '.join(told)}"), *row))
     return _chart(ident, title, description, bottom + 26, *parts)
 
@@ -249,6 +252,10 @@ def _step(low: float, high: float, count: int) -> tuple[float, int, float, float
     exponent = math.floor(math.log10(raw))
     factor = next(f for f in (1, 2, 5, 10) if f * 10.0**exponent >= raw * (1 - 1e-9))
     return factor * 10.0**exponent, exponent, low, high
+
+
+def _figure(value: float, percent: bool) -> str:
+    return f"{value:.1%}" if percent else f"{value:.3g}"
 
 
 def _tick_text(tick: float, step: float, percent: bool) -> str:

@@ -31,6 +31,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="scenarios", epilog="Example: fedchorus scenarios --show hospitals > my-job.toml")(scenarios)
     app.command(name="strategies", epilog="Example: fedchorus strategies")(strategies)
     app.command(name="statistics", epilog="Example: fedchorus statistics runs/hospitals-statistics")(statistics)
+    app.command(name="evaluate", epilog="Example: fedchorus evaluate runs/hospitals-20260101-120000")(evaluate)
     app.command(name="schema", epilog="Example: fedchorus schema my-job.toml")(schema)
     app.command(name="plan", epilog="Example: fedchorus plan hospitals --set training.rounds=100")(plan)
 
@@ -112,6 +113,48 @@ def statistics(
     from simulations.statistics_view import print_statistics
 
     print_statistics(Console(), said)
+
+
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(help="A finished run that trained, or one that evaluated (or its file).", metavar="RUN")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Of a new evaluation: evaluation.sites=20.", metavar="KEY=VALUE"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The new run folder; by default runs/NAME-TIME.")] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a finished run's model on all sites' test rows as one sum: AUC, F1, calibration, groups, sites.
+
+    Of a run that evaluated it shows what was measured. A federation's model is evaluated by a job of its own
+    (docs/evaluation.md).
+    """
+    from privacy.errors import JobError
+    from simulations.simulate import start_run
+    from strategies.evaluation import read_evaluation
+    from strategies.job import evaluation_job, stored_job
+
+    measured = run
+    if run.is_dir() and (run / "job.toml").is_file() and stored_job(run / "job.toml").evaluation is None:
+        resolved = evaluation_job(run, list(overrides or []))
+        with _watching(as_json) as watch:
+            now = datetime.now()
+            summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watch.watcher, now=now)
+            measured = watch.measured(summary)
+    elif overrides or out is not None:
+        raise JobError(f"{run}: --set and --out are for a new evaluation of a run that trained")
+    said = read_evaluation(measured)
+    if as_json:
+        typer.echo(json.dumps({"run": str(measured), **said}))
+        return
+    from rich.console import Console
+
+    from simulations.evaluation_view import print_evaluation
+
+    print_evaluation(Console(), said)
 
 
 def schema(
@@ -253,7 +296,7 @@ class _Watch:
         self._console, self._as_json, self._live = console, as_json, live
         self._interrupts = 0
         self._path: Path | None = None
-        self._measures = False
+        self._measures: str | None = None
         self._status: Any = None
         self._table: Any = None
 
@@ -271,10 +314,18 @@ class _Watch:
         if summary is None:
             self.stopped()
         print_summary(self._console, summary, report=f"{summary['run']}/report.html")
-        if self._measures:
-            self._console.print(f"figures fedchorus statistics {summary['run']}", soft_wrap=True)
+        if self._measures is not None:
+            command = {"statistics": "statistics", "evaluation": "evaluate"}[self._measures]
+            self._console.print(f"figures fedchorus {command} {summary['run']}", soft_wrap=True)
         if self._as_json:
             typer.echo(json.dumps(summary))
+
+    def measured(self, summary: Mapping[str, Any] | None) -> Path:
+        """The folder of a run that measured; what it says comes after."""
+        self._live.close()
+        if summary is None:
+            self.stopped()
+        return Path(summary["run"])
 
     def stopped(self) -> NoReturn:
         if self._path is None:
@@ -291,8 +342,9 @@ class _Watch:
 
     def _begin(self, path: Path, job: Any) -> None:
         from simulations.progress import RoundTable
+        from strategies.measured import measures
 
-        self._path, self._measures = path, job.task.name == "statistics"
+        self._path, self._measures = path, measures(job)
         self._say("")
         title = f"{job.name}: {job.training.rounds} rounds, {job.simulation.engine} engine, job {job.hash[:12]}"
         self._table = self._live.enter_context(RoundTable(self._console, rounds=job.training.rounds, title=title))

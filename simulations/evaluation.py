@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from client.data import SiteData
-from client.tasks import Scores
 from client.training import Trainer
 from simulations.federation import pooled
+from simulations.headline import headline
 from strategies.parameters import Vector
 
 
@@ -63,11 +63,7 @@ class Evaluation:
         return {**_known(self._figures(torch.cat(outputs), self._targets)), "sites": sites}
 
     def _figures(self, outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
-        task = self._trainer.task
-        figures = {name: float(values.double().mean()) for name, values in task.metrics(outputs, targets).items()}
-        if isinstance(task, Scores) and len(targets):
-            figures |= task.scores(outputs.cpu(), targets.cpu())
-        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        return self._trainer.figures(outputs, targets)
 
 
 def _known(figures: Mapping[str, float | None]) -> dict[str, float]:
@@ -75,11 +71,12 @@ def _known(figures: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def _worst(sites: Mapping[str, Mapping[str, Any]]) -> str:
-    """The site of the least accuracy, or else of the largest loss; of equal ones the largest."""
+    """The site of the worst headline, or else of the largest loss; of equal ones the largest."""
+    metric = headline({name: 1 for site in sites.values() for name, value in site.items() if value is not None})
 
     def badness(name: str) -> tuple[float, int]:
-        accuracy, loss = sites[name].get("accuracy"), sites[name].get("loss")
-        bad = -accuracy if accuracy is not None else loss if loss is not None else -math.inf
+        figure, loss = sites[name].get(metric.name), sites[name].get("loss")
+        bad = -metric.gain(figure, 0.0) if figure is not None else loss if loss is not None else -math.inf
         return bad, sites[name]["rows"]
 
     return max(sites, key=badness)

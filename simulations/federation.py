@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from client.data import Records, SiteData, class_count, read_frame, require_columns, site_frames
+from client.evaluation import Judge
 from client.local import LocalTraining
-from client.memory import SiteMemory, named
 from client.reading import feature_count, records_of, site_data
 from client.site import Files, Seat, Site, SitePlan
 from client.tasks import Task, initial_model, task_for
@@ -24,6 +24,7 @@ from privacy.noise import NoiseSource, OsNoise, SeededNoise
 from server.cohort import draw_cohort
 from server.release import ReleasePlan
 from simulations.devices import Devices
+from simulations.evaluated import evaluated_models, own_model
 from simulations.faults import FaultySite, Handler, Lie, LyingSum, liars
 from simulations.partition import partition
 from simulations.synthetic import SETS
@@ -38,7 +39,8 @@ from strategies.total import Layout, layout_for
 
 
 def load_sites(job: Job) -> dict[str, SiteData]:
-    """Read, check, encode and split every site's records, in the order of their names. Raises `DataError`."""
+    """Read, check, encode and split every site's records, in the order of their names; of an evaluation as what its
+    model makes of them. Raises `DataError`."""
     data = job.data
     if data.bundled is None and data.path is None and data.files is None:
         raise JobError(f"job {job.name}: a simulation needs its records: give data.bundled, data.path or data.files")
@@ -55,6 +57,9 @@ def load_sites(job: Job) -> dict[str, SiteData]:
         sites = {name: records_of(frame, job, where=f"{where}, site {name}") for name, frame in frames.items()}
     if not sites:
         raise DataError(f"job {job.name}: the data have no site")
+    if job.evaluation is not None:
+        judge, models = Judge(job), evaluated_models(job)
+        return {name: judge.site_data(sites[name], models(name), site=name) for name in sorted(sites)}
     return {name: site_data(sites[name], job, site=name) for name in sorted(sites)}
 
 
@@ -154,10 +159,7 @@ class Federation:
 
     def own_model(self, received: Vector, files: Files) -> Vector:
         """The model ((P,) float32) of a site that received this and keeps what is in `files`."""
-        traits, size = self.strategy.traits, self.trainer.parameters.size
-        memory = SiteMemory(files.memory, self.layout.memory).newest() if traits.remembers else None
-        kept = named(memory, {**traits.kept, **traits.own}, size) if memory is not None else {}
-        return self.strategy.own_model(received, kept, self.trainer.parameters)
+        return own_model(self.strategy, received, files, self.layout, self.trainer.parameters)
 
     def client(self, name: str, plan: SitePlan, files: Files | None, seat: Seat | None = None) -> Handler:
         """The client of one site, wrapped in the faults that the job asks for."""

@@ -8,7 +8,9 @@ from typing import Any
 from client.data import class_count, feature_names
 from client.reading import feature_count
 from simulations.secure_sums import who_may_lie, who_saw_what
-from strategies.job import ClientPrivacy, Job, RecordPrivacy
+from strategies import evaluation
+from strategies.job import Job
+from strategies.job_privacy import ClientPrivacy, RecordPrivacy
 from strategies.parameters import Parameters
 from strategies.statistics import TASK, blocks_of
 
@@ -17,10 +19,7 @@ def model_card(job: Job, summary: Mapping[str, Any], parameters: Parameters) -> 
     """Markdown. Figures on test rows are those of the simulation."""
     shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, shape))} |" for name, shape in parameters.shapes.items())
     figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items())
-    names = feature_names(job.data)
-    if job.task.name == TASK:
-        names = [f"{block.kind} of {block.column}" for block in blocks_of(job.data, job.task)]
-    features = ", ".join(f"`{name}`" for name in names)
+    features = ", ".join(f"`{name}`" for name in _inputs(job))
     return f"""# {job.name}
 
 A federated `{job.task.name}` model ({job.task.model}), trained by {job.strategy.name} over {summary["rounds"]} rounds
@@ -58,6 +57,19 @@ A demonstration of federated training on the named data, not a medical or financ
 examined for bias between groups of people. What it reveals about groups is not limited by differential privacy, which
 limits what it reveals about any one record.
 """
+
+
+def _inputs(job: Job) -> list[str]:
+    """The features by name; of a column that becomes very many, or of what is measured, one name for all."""
+    if job.evaluation is not None:
+        return [f"{block.kind} {block.group}".strip() for block in evaluation.blocks_of(job)]
+    if job.task.name == TASK:
+        return [f"{block.kind} of {block.column}" for block in blocks_of(job.data, job.task)]
+    whole = {
+        name: column.type for name, column in job.data.columns.items() if column.type not in ("number", "category")
+    }
+    names = [name for name in feature_names(job.data) if name.split("[")[0] not in whole]
+    return [*names, *(f"{name} ({kind})" for name, kind in whole.items())]
 
 
 def _privacy(job: Job, summary: Mapping[str, Any]) -> str:

@@ -42,7 +42,10 @@ from privacy.prv import Bounds
 from server.cohort import expected_size
 from server.release import ReleasePlan, secret_rate
 from simulations.secure_sums import planned
-from strategies.job import Job, Protection, TaskChoice
+from strategies import evaluation
+from strategies.job import Job
+from strategies.job_privacy import Protection
+from strategies.job_task import TaskChoice
 from strategies.secure import SecureSum
 from strategies.statistics import TASK, blocks_of, size_of
 from strategies.total import Layout
@@ -57,7 +60,7 @@ def training_rows(job: Job) -> dict[str, int]:
     Raises `DataError` for a site that cannot train, and what reading raises.
     """
     how = job.simulation.partition
-    if how is None or how.mix is None:
+    if how is None or how.mix is None or job.evaluation is not None:
         from simulations.federation import load_sites
 
         return {name: len(site.train) for name, site in load_sites(job).items()}
@@ -72,6 +75,8 @@ def training_rows(job: Job) -> dict[str, int]:
 
 def parameter_count(job: Job) -> int:
     """Count the trainable parameters of the job's model; of most tasks, by building it."""
+    if job.evaluation is not None:
+        return evaluation.size_of(job)
     if job.task.name == TASK:
         return size_of(blocks_of(job.data, job.task))
     columns = job.data.columns.values()

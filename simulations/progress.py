@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from simulations.headline import HEADLINES, headline
 from simulations.secure_sums import who_may_lie, who_saw_what
 
-HEADLINES = ("accuracy", "c_index", "wape", "rmse")  # The first that a task has is shown by name.
 COLUMNS = ("round", "loss", "accuracy", "worst site", "epsilon", "of a site", "answered", "seconds", "ETA")
 WIDTHS = (8, 9, 10, 26, 9, 11, 10, 9, 8)
 SECURE_COLUMNS = ("KB up", "sum (s)")  # A site's upload in a round, and the time that summing securely took.
@@ -28,7 +28,7 @@ class RoundTable:
         self._console, self._rounds, self._title = console, rounds, title
         self._rows: list[tuple[str, ...]] = []
         self._seconds: list[float] = []
-        self._headline = HEADLINES[0]
+        self._headline = HEADLINES[0].name
         self._columns: tuple[str, ...] = COLUMNS
         self._widths: tuple[int, ...] = WIDTHS
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -53,7 +53,7 @@ class RoundTable:
         worst = line["worst_site"]
         epsilons = line["epsilon"].values()
         if not self._rows:
-            self._headline = headline(line)
+            self._headline = headline(line).name
             self._columns = tuple(self._headline if column == "accuracy" else column for column in self._columns)
         row: tuple[str, ...] = (
             f"{line['round']}/{self._rounds}",
@@ -92,31 +92,28 @@ class RoundTable:
         return table
 
 
-def headline(metrics: Mapping[str, Any]) -> str:
-    """The metric that says how a model of this task does."""
-    return next((name for name in HEADLINES if metrics.get(name) is not None), HEADLINES[0])
-
-
 def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) -> None:
-    """The comparison, the sites and what to do next."""
-    shown = headline(summary["metrics"])
+    """The comparison, the sites and what to do next; of a run that measured, no figures of its own."""
+    shown = headline(summary["metrics"]).name
     others = [name for name in summary["metrics"] if name != shown]
     table = Table("", shown, *others, box=box.SIMPLE_HEAD, title="On all sites' test rows", title_justify="left")
     own = {"each site's own model (this run)": summary["personal"]} if summary.get("personal") else {}
     rows = {"federated (this run)": summary["metrics"], **own, **_comparison(summary)}
     for name, metrics in rows.items():
         table.add_row(name, figure(metrics.get(shown), 3), *(figure(metrics.get(other), 4) for other in others))
-    console.print(table)
-    sites = Table("site", "train", "test", shown, "alone", "epsilon", "delta", "noise", box=box.SIMPLE_HEAD)
+    measures = bool(summary.get("measures"))
+    if not measures:
+        console.print(table)
+    heads = ("rows",) if measures else ("train", "test", shown, "alone")
+    sites = Table("site", *heads, "epsilon", "delta", "noise", box=box.SIMPLE_HEAD)
     alone = summary["baselines"].get("local", {}).get("sites", {})
     listed = list(summary["sites"].items())
     for name, site in listed[:20]:
+        reached = (str(site["test_rows"]), figure(site.get(shown), 3), figure(alone.get(name, {}).get(shown), 3))
         sites.add_row(
             name,
             str(site["train_rows"]),
-            str(site["test_rows"]),
-            figure(site.get(shown), 3),
-            figure(alone.get(name, {}).get(shown), 3),
+            *(() if measures else reached),
             figure(site["epsilon"], 3),
             "-" if site["delta"] is None else f"{site['delta']:g}",
             figure(site["noise_multiplier"], 3),

@@ -15,6 +15,7 @@ from typing import Any
 from privacy.events import ADD_OR_REMOVE_ONE, ZERO_OUT
 from simulations import charts, page, shown
 from simulations.charts import Markup, element, finite
+from simulations.headline import Headline, headline
 from simulations.secure_sums import lying_groups, who_may_lie, who_saw_what
 
 TAGLINE = "Hear the chorus, never the voice."
@@ -34,13 +35,13 @@ def render_report(*, job_toml: str, summary: Mapping[str, Any], rounds: Sequence
     privacy = _Privacy.read(summary, placement=_placement(job_toml))
     if (privacy.whole.get("sampling_rate") or 1) < 1:  # Who took part, and how many did, is the server's secret.
         rounds = [{**entry, "contributors": None, "failures": None} for entry in rounds]
+    measures = summary.get("measures")
     main = element(
         "main",
-        _outcome(summary),
+        _measured(summary) if measures else _outcome(summary),
         _spending(summary, rounds, privacy),
         *_sums(summary, privacy),
-        _curves(rounds),
-        _spread(summary),
+        *([] if measures else [_curves(rounds), _spread(summary)]),
         page.section("rounds", "Round by round", _rounds_table(rounds)),
         _guarantee(summary, privacy),
         page.section(
@@ -129,33 +130,58 @@ def _header(name: str, summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
 
 def _outcome(summary: Mapping[str, Any]) -> Markup:
     metrics = _at(summary, "metrics") or {}
+    metric = headline(metrics)
     private = any(_at(summary, "epsilon", unit) is not None for unit in ("record", "client"))
     exact = ", no privacy" if private else ""
     reached = [
-        ("Federated", metrics.get("accuracy"), "one model, no row moved"),
-        ("Local only", _at(summary, "baselines", "local", "accuracy"), f"each site alone{exact}"),
-        ("Pooled", _at(summary, "baselines", "pooled", "accuracy"), f"all rows in one place{exact}"),
+        ("Federated", metrics.get(metric.name), "one model, no row moved"),
+        ("Local only", _at(summary, "baselines", "local", metric.name), f"each site alone{exact}"),
+        ("Pooled", _at(summary, "baselines", "pooled", metric.name), f"all rows in one place{exact}"),
     ]
-    if (private := _at(summary, "baselines", "local_private", "accuracy")) is not None:
+    if (private := _at(summary, "baselines", "local_private", metric.name)) is not None:
         reached.insert(1, ("Local, as private", private, "each site alone, same epsilon"))
+    if (own := _at(summary, "personal", metric.name)) is not None:
+        reached.insert(1, ("Own models", own, "each site's own, of this run"))
     figures = []
     for label, share, note in reached:
-        figure = element("dd", shown.share(share), class_="first" if label == "Federated" else None)
+        figure = element("dd", metric.form(share), class_="first" if label == "Federated" else None)
         figures.append(element("div", element("dt", label), figure, element("dd", note, class_="note")))
-    told = ", ".join(f"{label} {shown.share(share)}" for label, share, _ in reached)
+    told = ", ".join(f"{label} {metric.form(share)}" for label, share, _ in reached)
     shares = {label: finite(share) for label, share, _ in reached}
-    bars = charts.bar_chart("reached", "Accuracy reached", told, shares, x_label="accuracy")
+    bars = charts.bar_chart(
+        "reached", f"{metric.title} reached", told, shares, x_label=metric.title, percent=metric.share
+    )
     facts = {
+        **_ran(
+            summary, {f"Final {name}": shown.figure(value) for name, value in metrics.items() if name != metric.name}
+        )
+    }
+    better = "" if metric.larger else "; less is better"
+    columns = page.columns(
+        page.captioned(f"{metric.title} on the test rows of all sites{better}", bars), page.facts(facts)
+    )
+    return page.section("outcome", "What was learnt", element("dl", *figures, class_="figures"), columns)
+
+
+def _measured(summary: Mapping[str, Any]) -> Markup:
+    """A run that measured trained nothing: its figures are read from its model."""
+    command = {"statistics": "statistics", "evaluation": "evaluate"}.get(str(summary.get("measures")), "statistics")
+    told = element("code", f"fedchorus {command} {shlex.quote(str(summary.get('run') or 'RUN'))}")
+    return page.section(
+        "outcome", "What was measured", element("p", told, " shows the figures."), page.facts(_ran(summary, {}))
+    )
+
+
+def _ran(summary: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "Rounds": shown.count(summary.get("rounds")),
         "Sites": shown.count(len(_at(summary, "sites") or {})),
-        **{f"Final {metric}": shown.figure(value) for metric, value in metrics.items() if metric != "accuracy"},
+        **more,
         "Time": shown.number(summary.get("seconds"), lambda seconds: f"{seconds:,.1f} s"),
         "Engine": summary.get("engine") or "-",
         "Seed": shown.count(summary.get("seed")),
         "Job hash": element("code", summary.get("job_hash") or "-"),
     }
-    columns = page.columns(page.captioned("Accuracy on the test rows of all sites", bars), page.facts(facts))
-    return page.section("outcome", "What was learnt", element("dl", *figures, class_="figures"), columns)
 
 
 def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], privacy: _Privacy) -> Markup:
@@ -301,32 +327,33 @@ def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _curves(rounds: Sequence[Mapping[str, Any]]) -> Markup:
     figures = []
-    for metric, form in (("loss", shown.figure), ("accuracy", shown.share)):
-        title = f"{metric.capitalize()} of the shared model on test rows"
+    for one in (Headline("loss", share=False, larger=False), headline(rounds[-1] if rounds else {})):
+        metric, form = one.name, one.form
+        title = f"{one.title} of the shared model on test rows"
         whole = [finite(entry.get(metric)) for entry in rounds]
         worst = [finite(_at(entry, "sites", entry.get("worst_site"), metric)) for entry in rounds]
         told = (
             f"From {form(whole[0])} to {form(whole[-1])}; the other line is the worst site." if whole else "No rounds."
         )
         lines = [charts.Line("worst site", worst), charts.Line("all sites", whole, strong=True)]
-        share = metric == "accuracy"
-        chart = charts.line_chart(metric, title, told, _numbers(rounds), lines, y_label=metric, percent=share)
+        chart = charts.line_chart(metric, title, told, _numbers(rounds), lines, y_label=metric, percent=one.share)
         figures.append(page.captioned(title, chart))
     return page.section("curves", "How it learnt", page.columns(*figures))
 
 
 def _spread(summary: Mapping[str, Any]) -> Markup:
-    pairs = []
+    pairs, metric = [], headline(_at(summary, "metrics") or {})
     for name, site in (_at(summary, "sites") or {}).items():
-        alone = finite(_at(summary, "baselines", "local", "sites", name, "accuracy"))
-        pairs.append(charts.Pair(name, finite(_at(site, "accuracy")), alone, shown.count(_at(site, "test_rows"))))
-    pairs.sort(key=lambda pair: -math.inf if pair.dot is None else pair.dot, reverse=True)
+        alone = finite(_at(summary, "baselines", "local", "sites", name, metric.name))
+        pairs.append(charts.Pair(name, finite(_at(site, metric.name)), alone, shown.count(_at(site, "test_rows"))))
+    pairs.sort(key=lambda pair: -math.inf if pair.dot is None else metric.gain(pair.dot, 0.0), reverse=True)
     reached = [(pair.dot, pair.name) for pair in pairs if pair.dot is not None] or [(math.nan, "-")]
-    gains = [pair.dot - pair.ring for pair in pairs if pair.dot is not None and pair.ring is not None]
+    gains = [metric.gain(pair.dot, pair.ring) for pair in pairs if pair.dot is not None and pair.ring is not None]
     facts = {
-        "Best site": f"{shown.share(reached[0][0])}, {reached[0][1]}",
-        "Median site": shown.share(statistics.median(share for share, _ in reached)),
-        "Worst site": f"{shown.share(reached[-1][0])}, {reached[-1][1]}",
+        "Best site": f"{metric.form(reached[0][0])}, {reached[0][1]}",
+        "Median site": metric.form(statistics.median(share for share, _ in reached)),
+        "Worst tenth of sites": metric.form(worst_tenth([share for share, _ in reached])),
+        "Worst site": f"{metric.form(reached[-1][0])}, {reached[-1][1]}",
         "Better than alone": f"{sum(gain > 0 for gain in gains)} of {len(gains)} sites" if gains else "-",
     }
     told = "; ".join(f"{key}: {fact}" for key, fact in facts.items())
@@ -334,10 +361,17 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
     marks = charts.ticks(min(shares), max(shares))
     half = len(pairs) if len(pairs) <= 2 * MANY_SITES else math.ceil(len(pairs) / 2)
     figures: list[Markup] = []
-    for title, part in (("Accuracy by site", pairs[:half]), ("Accuracy by site, continued", pairs[half:])):
+    for title, part in (
+        (f"{metric.title} by site", pairs[:half]),
+        (f"{metric.title} by site, continued", pairs[half:]),
+    ):
         if part:
             ident, names = f"spread{len(figures)}", ("federated", "local only", "test rows")
-            figures.append(page.captioned(title, charts.dot_chart(ident, title, told, part, marks=marks, names=names)))
+            figures.append(
+                page.captioned(
+                    title, charts.dot_chart(ident, title, told, part, marks=marks, names=names, percent=metric.share)
+                )
+            )
     drawn = (
         [page.columns(page.facts(facts)), page.columns(*figures)]
         if len(figures) > 1
@@ -348,8 +382,8 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
         [
             pair.name,
             pair.note,
-            shown.share(pair.dot),
-            shown.share(pair.ring),
+            metric.form(pair.dot),
+            metric.form(pair.ring),
             shown.count(_at(summary, "sites", pair.name, "rounds")),
         ]
         for pair in pairs
@@ -359,11 +393,17 @@ def _spread(summary: Mapping[str, Any]) -> Markup:
     )
 
 
+def worst_tenth(best_first: Sequence[float]) -> float:
+    """The mean over the last tenth of the sites, one at least."""
+    return statistics.fmean(best_first[-max(1, len(best_first) // 10) :])
+
+
 def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
+    metric = headline(rounds[-1] if rounds else {})
     heads = [
         "Round",
         "Loss",
-        "Accuracy",
+        metric.title,
         "Worst site",
         "Contributors",
         "ε (largest)",
@@ -380,7 +420,7 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
             [
                 str(number),
                 shown.figure(entry.get("loss")),
-                shown.share(entry.get("accuracy")),
+                metric.form(entry.get(metric.name)),
                 entry.get("worst_site") or "-",
                 "-" if entry.get("contributors") is None else shown.count(len(entry["contributors"])),
                 shown.upward(_largest(*(values[i] for values in spent.values()))),
@@ -429,7 +469,7 @@ def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
     not_said = (
         "A person with several rows is protected less than one row is; a site as a whole is not protected by a "
         "record-level bound, and facts that hold for a whole population are by none. Row counts of sites are public. "
-        "The loss and accuracy figures of this page are the researcher's view of a simulation: computed on test rows, "
+        "The figures of models on this page are the researcher's view of a simulation: computed on test rows, "
         "exact, and not covered by the guarantee; nor are the models trained alone and pooled that they are compared "
         "with."
     )

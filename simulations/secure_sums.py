@@ -11,7 +11,8 @@ from privacy.secagg.session import Shape
 from privacy.secagg.view import BOX
 from privacy.secagg.wire import ADVERT, SECRET, SIGNATURE, Kind, u16, write, write_slots, write_table
 from strategies.cohort import public_cohort
-from strategies.job import Job, Robust
+from strategies.job import Job
+from strategies.job_privacy import Robust
 from strategies.robust import liars, most_borne
 from strategies.secure import SecureSum, groups_of
 

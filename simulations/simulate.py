@@ -41,6 +41,7 @@ from simulations.run_folder import RunFolder, fresh_path
 from simulations.secure_sums import protection
 from strategies.fedbuff import FedBuff
 from strategies.job import Job
+from strategies.measured import measures
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
 from strategies.secure import groups_of
@@ -474,6 +475,7 @@ class _Run:
         return {
             "run": str(self.folder.path),
             "name": self.job.name,
+            "measures": measures(self.job),
             "rounds": len(lines),
             "engine": self.job.simulation.engine,
             "seed": self.job.seed,

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from strategies.fedavg import FedAvg
-from strategies.job import NotNegative
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Local, Traits
+from strategies.sections import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.job import Positive
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Added, Local, ServerState, Traits
+from strategies.sections import Positive
 from strategies.total import Total
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.fedavg import FedAvg, stepped
-from strategies.job import Share
 from strategies.protocol import ServerState
+from strategies.sections import Share
 
 
 @dataclass(frozen=True, kw_only=True)

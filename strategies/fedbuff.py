@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from strategies.fedavg import FedAvg
-from strategies.job import Count, NotNegative
 from strategies.protocol import Traits
+from strategies.sections import Count, NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)

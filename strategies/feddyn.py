@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from strategies.fedavg import FedAvg, stepped, write_update
-from strategies.job import Positive
 from strategies.parameters import Vector
 from strategies.protocol import Added, Local, ServerState, Traits
+from strategies.sections import Positive
 from strategies.total import Total
 
 

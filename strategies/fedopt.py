@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strategies.fedavg import FedAvg, stepped
-from strategies.job import NotNegative, Positive, Share
 from strategies.protocol import ServerState
+from strategies.sections import NotNegative, Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from privacy.errors import JobError
 from strategies.fedavg import FedAvg, write_update
-from strategies.job import Share
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Added, Local, Traits
+from strategies.sections import Share
 
 
 @dataclass(frozen=True, kw_only=True)

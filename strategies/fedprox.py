@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strategies.fedavg import FedAvg
-from strategies.job import NotNegative
 from strategies.parameters import Vector
 from strategies.protocol import Local
+from strategies.sections import NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from strategies.fedavg import FedAvg, write_update
-from strategies.job import Count, Positive
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Added, Local, ServerState, Traits
+from strategies.sections import Count, Positive
 from strategies.total import Total
 
 

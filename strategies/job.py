@@ -11,314 +11,26 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from privacy.errors import JobError
 from strategies.explain import explain, one_line
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Bound = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
-
+from strategies.job_data import Data
+from strategies.job_privacy import Privacy, Robust, SecureAggregation
+from strategies.job_task import Evaluation, TaskChoice
+from strategies.sections import Count, Name, NotNegative, Positive, Rate, Section, Share
 
 Setting = bool | int | float | str | list[bool | int | float | str]
 
-# What makes the model of a statistics job the mean over all records.
+# What makes the model of a job that measures the mean over all records.
 ONE_EXACT_ROUND = {"rounds": 1, "local_steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0}
 
 MOST_TEXT = 2**20  # Characters of a job that comes over the network.
 MOST_DOTS = 64  # In a line of it: a dotted key of n parts takes tomllib n^2 steps.
-
-
-class Section(BaseModel):
-    """A table of the job file. Strict: no unknown keys, no silent conversions between types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _refuse_repeated(key: str, values: Sequence[str | int | float] | None) -> None:
-    texts = [str(value) for value in values or []]
-    for position, value in enumerate(values or []):
-        # Data are compared by number (1 is 1.0), or by text where one of the values is text (1 is "1").
-        if value in list(values or [])[:position] or str(value) in texts[:position]:
-            raise ValueError(f"`{key}`: {value!r} is listed twice")
-
-
-class Column(Section):
-    """One feature, or what becomes many by public constants.
-
-    A number with its `range`; a category with its `values`; a text, whose n-grams of words or letters are hashed into
-    `buckets`; the first `window` characters of an `alphabet`, for a next-character task; a square image of 8-bit
-    numbers with its `shape` [side, side] or [side, side, channels]; an id from 1 to `count`.
-
-    All of it is declared, not measured: a minimum or a vocabulary taken from the records would be a release. `mean` and
-    `sd` standardise a number, `fill` stands for what is missing: a statistics job measures them (data.statistics).
-    """
-
-    type: Literal["number", "category", "text", "characters", "image", "id"] = "number"
-    range: tuple[Bound, Bound] | None = Field(default=None, strict=False)
-    values: list[str | int | float] | None = None
-    buckets: Count | None = None
-    ngrams: tuple[Count, Count] | None = Field(default=None, strict=False)
-    analyzer: Literal["words", "letters"] | None = None
-    alphabet: Annotated[str, Field(min_length=1)] | None = None
-    window: Count | None = None
-    shape: list[Count] | None = None
-    count: Count | None = None
-    mean: Bound | None = None
-    sd: Positive | None = None
-    fill: str | int | float | None = None
-
-    @model_validator(mode="after")
-    def _constants_fit(self) -> Self:
-        if (self.mean is None) != (self.sd is None):
-            raise ValueError("mean and sd go together: (number - mean) / sd")
-        if self.mean is not None and self.range is None:
-            raise ValueError("mean and sd are for a number with a `range`, to which it is clipped first")
-        if self.fill is not None and self.type == "category" and self.fill not in (self.values or []):
-            raise ValueError("fill must be one of the category's `values`")
-        if self.type == "number" and isinstance(self.fill, str):
-            raise ValueError("fill must be a number, as the column is")
-        return self
-
-    @model_validator(mode="after")
-    def _fits_its_type(self) -> Self:
-        if self.type == "category" and len(self.values or []) < 2:
-            raise ValueError("a category needs its `values`, two or more")
-        _refuse_repeated("values", self.values)
-        if self.type == "category" and self.range is not None:
-            raise ValueError("a category has `values`, not a `range`")
-        if self.type == "number" and self.values is not None:
-            raise ValueError('a number has a `range`, not `values` (or write type = "category")')
-        needed, allowed = _OF_COLUMN[self.type]
-        for key in needed:
-            if getattr(self, key) is None:
-                raise ValueError(f"a column of type {self.type!r} needs its `{key}`")
-        for key in (key for keys in _OF_COLUMN.values() for key in (*keys[0], *keys[1])):
-            if getattr(self, key) is not None and key not in (*needed, *allowed):
-                raise ValueError(f"a column of type {self.type!r} has no `{key}`")
-        _refuse_repeated("alphabet", list(self.alphabet or ""))
-        if self.ngrams is not None and self.ngrams[0] > self.ngrams[1]:
-            raise ValueError(f"ngrams must be [shortest, longest], got {list(self.ngrams)}")
-        if self.shape is not None and (len(self.shape) not in (2, 3) or self.shape[0] != self.shape[1]):
-            raise ValueError(f"shape must be [side, side] or [side, side, channels], got {self.shape}")
-        if self.range is not None and not self.range[0] < self.range[1]:
-            raise ValueError(f"range must be [low, high] with low < high, got {list(self.range)}")
-        return self
-
-
-# Of each type of column: the keys that it needs, and those that it may have.
-_OF_COLUMN: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "number": ((), ("range",)),
-    "category": (("values",), ()),
-    "text": (("buckets",), ("ngrams", "analyzer")),
-    "characters": (("alphabet", "window"), ()),
-    "image": (("shape",), ()),
-    "id": (("count",), ()),
-}
-
-
-class HeldOut(Section):
-    """Which rows are for testing, where that is laid down: those with one of `values` in `column`; those of a second
-    file beside the first (`path`); or those in other arrays of the same .npz file (`arrays`: the name of each array of
-    training rows to that of the test rows)."""
-
-    column: str | None = None
-    values: list[str | int | float] | None = Field(default=None, min_length=1)
-    path: str | None = None
-    arrays: dict[str, str] | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _one_way(self) -> Self:
-        if sum(way is not None for way in (self.column, self.path, self.arrays)) != 1:
-            raise ValueError("give exactly one of column, path and arrays")
-        if (self.column is None) != (self.values is None):
-            raise ValueError("column and values go together")
-        return self
-
-
-class Forecast(Section):
-    """Make rows of a site's own series: the target `lags` periods ago, relative to its mean over the last max(`lags`)
-    periods, and the season as `harmonics` pairs of sine and cosine of the day of the year.
-
-    `time` is a column in one of `formats` (of strptime); `series` a column that tells the series of one site apart. The
-    last `horizon` periods of each series are for testing. Relative values are divided by `spread`: differences of
-    logarithms with data.target_log, else of the target in halves of data.target_range.
-    """
-
-    time: str
-    formats: list[str] = Field(default=["%Y-%m-%d"], min_length=1)
-    series: str | None = None
-    lags: list[Count] = Field(default=[1], min_length=1)
-    horizon: Count
-    harmonics: Annotated[int, Field(ge=0, le=26)] = 2
-    spread: Positive = 1.0
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Self:
-        _refuse_repeated("lags", self.lags)
-        return self
-
-
-class Data(Section):
-    """Where the records are and what they must look like.
-
-    The target is a class: 0 or 1, or one of `classes`, or positive exactly where it is among `positive`. By
-    `target_type` it may also be a number (mapped by `target_range` and `target_log` for training; metrics keep its
-    unit), a time until an event or its censoring (the column `event` is 1 or 0), or the next character of a column. At
-    most one of `bundled` (a data set that a dependency or fedchorus itself carries), `path` (one CSV, Parquet or .npz
-    file, its sites named by the column `client`) and `files` (one file per site) says where a simulation finds the
-    records; in a deployment each site has its own. Relative paths start at `folder`, which starts at the job file.
-    `dataset` names the records at each site: a site keeps one ledger for each.
-    """
-
-    dataset: Name = "records"
-    bundled: (
-        Literal["breast-cancer", "digits", "banks", "hospitals-survival", "retailers-forecast", "retailers-recommend"]
-        | None
-    ) = None
-    folder: str = "."
-    path: str | None = None
-    files: dict[Name, str] | None = None
-    client: str | None = None
-    target: str
-    target_type: Literal["class", "number", "time", "next"] | None = None
-    target_range: tuple[Bound, Bound] | None = Field(default=None, strict=False)
-    target_log: bool | None = None
-    event: str | None = None
-    positive: list[str | int | float] | None = Field(default=None, min_length=1)
-    classes: list[str | int | float] | None = Field(default=None, min_length=2)
-    allow_one_class: bool = False
-    header: bool = True
-    separator: str | None = Field(default=None, min_length=1, max_length=1)
-    names: list[str] | None = None
-    missing: list[str] = ["", "NA", "NaN", "nan", "null"]
-    on_missing: Literal["refuse", "drop", "fill"] = "refuse"
-    columns: dict[str, Column] = Field(min_length=1)
-    scaling: Literal["range", "site"] = "range"
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    stratify: bool | None = None
-    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    held_out: HeldOut | None = None
-    forecast: Forecast | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        sources = [name for name in ("bundled", "path", "files") if getattr(self, name) is not None]
-        if len(sources) > 1:
-            raise ValueError(f"give at most one of bundled, path and files; got {' and '.join(sources)}")
-        if self.positive is not None and self.classes is not None:
-            raise ValueError("give at most one of positive and classes")
-        _refuse_repeated("classes", self.classes)
-        if not self.header and self.names is None:
-            raise ValueError("header = false needs `names`, the columns in order")
-        if self.header and self.names is not None:
-            raise ValueError("`names` is for files without a header: set header = false")
-        if self.client is not None and self.path is None and self.bundled is None:
-            raise ValueError("`client` names a column of `path`; with `files` each file is a site")
-        if self.target in self.columns and self.target_type != "next":
-            raise ValueError(f"the target {self.target!r} is also listed in `columns`: it would be its own feature")
-        if self.client is not None and self.client in self.columns:
-            raise ValueError(f"the client key {self.client!r} is also listed in `columns`")
-        if self.on_missing == "fill":
-            empty = [name for name, column in self.columns.items() if column.fill is None]
-            if empty:
-                raise ValueError(
-                    f'on_missing = "fill": columns.{empty[0]} has no `fill`; give data.statistics, a run of task '
-                    '"statistics", or write it'
-                )
-        if self.scaling == "range":
-            open_ended = [name for name, column in self.columns.items() if column.type == "number" and not column.range]
-            if open_ended:
-                raise ValueError(f'columns.{open_ended[0]} needs a `range` (or set data.scaling = "site")')
-        return self
-
-    @model_validator(mode="after")
-    def _target_of_its_type(self) -> Self:
-        if self.target_type not in (None, "class") and (self.positive or self.classes):
-            raise ValueError('positive and classes are for target_type = "class"')
-        if self.target_type != "number" and (self.target_range or self.target_log or self.forecast):
-            raise ValueError('target_range, target_log and forecast are for target_type = "number"')
-        if (self.target_type == "time") != (self.event is not None):
-            raise ValueError('target_type = "time" and event, the column that is 1 where it happened, go together')
-        if self.event is not None and self.event in (*self.columns, self.target):
-            raise ValueError(f"the event {self.event!r} is also listed as another column")
-        if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
-            raise ValueError(f"target_range must be [low, high] with low < high, got {list(self.target_range)}")
-        if self.target_log and self.target_range is not None and self.target_range[0] <= 0:
-            raise ValueError("target_log needs a target_range above zero")
-        return self
-
-    @model_validator(mode="after")
-    def _whole_columns_and_series(self) -> Self:
-        whole = [name for name, column in self.columns.items() if column.type in ("characters", "image")]
-        if whole and len(self.columns) > 1:
-            raise ValueError(f"columns.{whole[0]} is a whole record by itself: it must be the only one of `columns`")
-        if self.target_type == "next" and (whole != [self.target] or self.columns[self.target].type != "characters"):
-            raise ValueError('target_type = "next" needs a target that is the one column, of type "characters"')
-        if self.scaling == "site" and any(each.type not in ("number", "category") for each in self.columns.values()):
-            raise ValueError('scaling = "site" is for numbers and categories alone; leave it out')
-        if self.forecast is None:
-            return self
-        if self.forecast.time in (*self.columns, self.target):
-            raise ValueError(f"the time {self.forecast.time!r} of the forecast is also listed as another column")
-        if not self.target_log and self.target_range is None:
-            raise ValueError("forecast needs a public scale: set target_log = true, or give target_range")
-        if self.held_out is not None:
-            raise ValueError("forecast holds out the last periods of each series: leave out held_out")
-        return self
-
-
-class TaskChoice(Section):
-    """Model, loss and metrics. `name` may be `package.module:Name`, a class of your own (see docs/extending.md)."""
-
-    name: str = "tabular-classification"
-    model: Literal[
-        "logistic-regression",
-        "linear",
-        "mlp",
-        "resnet",
-        "ft-transformer",
-        "cnn",
-        "causal-convolution",
-        "matrix-factorisation",
-    ] = "logistic-regression"
-    hidden: list[Count] = [32, 16]
-    heads: Count | None = None
-    loss: Literal["squared", "huber", "cox", "discrete-time"] | None = None
-    huber_delta: Positive | None = None
-    intervals: list[Positive] | None = Field(default=None, min_length=1)
-    statistics: list[Literal["moments", "histogram", "missing", "categories", "labels"]] | None = None
-    bins: Annotated[int, Field(ge=2, le=1000)] | None = None
-
-    @model_validator(mode="after")
-    def _statistics_are_measured(self) -> Self:
-        if self.name != "statistics" and (self.statistics is not None or self.bins is not None):
-            raise ValueError('statistics and bins are for name = "statistics"')
-        if self.statistics is not None and not 0 < len(set(self.statistics)) == len(self.statistics):
-            raise ValueError("statistics: name one or more blocks, each once")
-        return self
-
-    @model_validator(mode="after")
-    def _settings_fit_model_and_loss(self) -> Self:
-        if self.heads is not None and self.model != "ft-transformer":
-            raise ValueError('heads is for model = "ft-transformer"')
-        if self.huber_delta is not None and self.loss != "huber":
-            raise ValueError('huber_delta is for loss = "huber"')
-        if (self.intervals is not None) != (self.loss == "discrete-time"):
-            raise ValueError('loss = "discrete-time" and intervals, the public ends of its time intervals, go together')
-        if any(a >= b for a, b in pairwise(self.intervals or [])):
-            raise ValueError("intervals must rise")
-        return self
 
 
 class StrategyChoice(Section):
@@ -444,163 +156,6 @@ class Cohort(Section):
         return None if self.size is None else math.ceil(self.size * (1 + (self.over or 0.0)) - 1e-9)
 
 
-class Protection(Section):
-    """What both units of privacy are told in.
-
-    `epsilon` alone: the noise is calibrated so that all rounds together cost at most epsilon. `noise_multiplier`
-    alone: no limit, the cost is reported. Both: epsilon is a budget, and a plan that exceeds it is refused.
-    Clipping is of the whole vector, or of each of the model's parameter arrays by itself with the same total.
-    A crash within a round has spent it; `spare_rounds` are planned and paid for besides `training.rounds`, so that the
-    run can still go on to the end.
-    """
-
-    epsilon: Positive | None = None
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    noise_multiplier: Annotated[float, Field(ge=0.0625, le=2**20)] | None = None
-    clip_norm: Positive = 1.0
-    clipping: Literal["flat", "per-layer"] = "flat"
-    spare_rounds: Annotated[int, Field(ge=0)] = 0
-
-    @model_validator(mode="after")
-    def _some_noise(self) -> Self:
-        if self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError("give epsilon (a target), noise_multiplier, or both (epsilon is then a budget)")
-        return self
-
-
-class RecordPrivacy(Protection):
-    """Record-level differential privacy at every site: each record's gradient is clipped to `clip_norm`."""
-
-
-class AdaptiveClip(Section):
-    """Let the clip norm follow a quantile of the updates' norms (Andrew et al. 2021), from `clip_norm` on.
-
-    `bit_noise` is the noise on how many were below it; by default a twentieth of the expected cohort.
-    """
-
-    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    learning_rate: Positive = 0.2
-    bit_noise: Positive | None = None
-
-
-class ClientPrivacy(Protection):
-    """Client-level differential privacy: each client's whole update is clipped to `clip_norm`.
-
-    `central`: the server adds the noise to the sum, once, and is trusted with it. `local`: each client adds it to its
-    own update. `distributed`: each client adds a share, and secure aggregation shows only the sum. `shares` is how
-    those are distributed. `noise`: fresh in each round, or correlated over rounds (central only, needs
-    cohort.separation).
-    """
-
-    placement: Literal["central", "local", "distributed"] = "central"
-    shares: Literal["discrete-gaussian", "skellam"] = "discrete-gaussian"
-    noise: Literal["independent", "banded", "bsr", "blt"] = "independent"
-    adaptive_clip: AdaptiveClip | None = None
-
-    @model_validator(mode="after")
-    def _can_be_done(self) -> Self:
-        if self.placement != "central" and self.noise != "independent":
-            raise ValueError('correlated noise needs placement = "central": one place must remember it')
-        if self.shares != "discrete-gaussian" and self.placement != "distributed":
-            raise ValueError('shares is for placement = "distributed": nothing else is added up from shares')
-        if self.placement == "distributed" and self.clipping == "per-layer":
-            raise ValueError('placement = "distributed" rotates the whole vector: it needs clipping = "flat"')
-        if self.adaptive_clip is not None and (self.placement != "central" or self.noise != "independent"):
-            raise ValueError('adaptive_clip needs placement = "central" and noise = "independent"')
-        if self.clipping == "per-layer" and self.noise != "independent":
-            raise ValueError('clipping = "per-layer" needs noise = "independent"')
-        if self.noise != "independent" and self.spare_rounds:
-            raise ValueError("correlated noise is planned for the whole training: it has no spare_rounds")
-        return self
-
-
-class Privacy(Section):
-    record: RecordPrivacy | None = None
-    client: ClientPrivacy | None = None
-
-    @property
-    def central(self) -> ClientPrivacy | None:
-        """Client-level privacy by noise that the server adds."""
-        return self.client if self.client is not None and self.client.placement == "central" else None
-
-    @property
-    def local(self) -> ClientPrivacy | None:
-        """Client-level privacy by noise that each client adds."""
-        return self.client if self.client is not None and self.client.placement == "local" else None
-
-    @property
-    def distributed(self) -> ClientPrivacy | None:
-        """Client-level privacy by the shares of noise that all clients add."""
-        return self.client if self.client is not None and self.client.placement == "distributed" else None
-
-    @property
-    def client_at_sites(self) -> ClientPrivacy | None:
-        """Client-level privacy by noise that does not come from the server: each site charges itself."""
-        return self.client if self.central is None else None
-
-    @property
-    def at_sites(self) -> list[Protection]:
-        """What the sites protect, and therefore keep a ledger of."""
-        return [own for own in (self.record, self.client_at_sites) if own is not None]
-
-
-class SecureAggregation(Section):
-    """Sum updates so that the server sees the sum and nothing else, even if it lies.
-
-    The server may be in league with `colluders` of the sites, and `dropouts` of those asked may fail in a round (by
-    default as many as the threshold of two thirds leaves). Each number of an update travels in `bits`; its size is at
-    most `reach`. `groups` are summed apart, so that a reduction over their sums can leave out groups that lie
-    (`robust`). `retries` is how often a round whose masked update already left may be run again.
-    """
-
-    colluders: Annotated[int, Field(ge=0, lt=2**15)] = 1
-    dropouts: Annotated[int, Field(ge=0, lt=2**15)] | None = None
-    graph: Literal["complete", "regular"] = "complete"
-    bits: Literal[16, 20, 32] = 32
-    reach: Positive | None = None
-    groups: Count = 1
-    retries: Annotated[int, Field(ge=0, lt=100)] = 0
-
-    @model_validator(mode="after")
-    def _groups_have_a_majority(self) -> Self:
-        if self.groups == 2:
-            raise ValueError("two groups have no majority: use three or more, or one")
-        return self
-
-
-def _norm(value: object) -> float | str:
-    if value == "median":
-        return "median"
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f'should be a number greater than 0, or "median", got {value!r}')
-    return float(value)
-
-
-class Robust(Section):
-    """Bear sites that lie: `reduce` stands in place of the sum, over sites' updates or `secure_aggregation.groups`.
-
-    Each counts alike, as a weight may be a lie too. `byzantine` is how many of them may lie, by default a fifth,
-    rounded up. First each update is scaled down to the L2 norm `max_norm`, or to the median norm of the round. What
-    needs all updates of a round at once keeps them in the server's memory, up to `memory_mib`.
-    """
-
-    reduce: Literal["sum", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"] = "sum"
-    byzantine: Count | None = None
-    max_norm: Annotated[float | Literal["median"], PlainValidator(_norm)] | None = None
-    memory_mib: Count = 4096
-
-    @model_validator(mode="after")
-    def _liars_of_a_reduction(self) -> Self:
-        if self.byzantine is not None and self.reduce == "sum":
-            raise ValueError('byzantine is for a reduce that bears lies, "median", say: one moves the sum at will')
-        return self
-
-    @property
-    def plain(self) -> bool:
-        """Whether this is the sum and nothing else."""
-        return self.reduce == "sum" and self.max_norm is None
-
-
 class SiteMix(Section):
     """One simulated site: how many rows it gets and which share of them is positive."""
 
@@ -691,6 +246,7 @@ class Job(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data
     task: TaskChoice = TaskChoice()
+    evaluation: Evaluation | None = None
     strategy: StrategyChoice = StrategyChoice()
     training: Training
     cohort: Cohort = Cohort()
@@ -702,23 +258,31 @@ class Job(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _complete_statistics(cls, raw: Any) -> Any:
-        """A statistics job is one exact round: what only one value can be need not be written."""
+    def _complete_measurement(cls, raw: Any) -> Any:
+        """A job that measures is one exact round: what only one value can be need not be written."""
         task = raw.get("task") if isinstance(raw, dict) else None
-        if not isinstance(task, dict) or task.get("name") != "statistics":
+        statistics = isinstance(task, dict) and task.get("name") == "statistics"
+        if not isinstance(raw, dict) or not (statistics or raw.get("evaluation")):
             return raw
-        blocks = {"statistics": ["moments", "histogram", "missing", "categories", "labels"], "bins": 20}
         simulation = raw.get("simulation", {})
         if isinstance(simulation, dict):
             simulation = {"baselines": False, **simulation}
-        return {"training": dict(ONE_EXACT_ROUND), **raw, "task": {**blocks, **task}, "simulation": simulation}
+        raw = {"training": dict(ONE_EXACT_ROUND), **raw, "simulation": simulation}
+        if statistics:
+            blocks = {"statistics": ["moments", "histogram", "missing", "categories", "labels"], "bins": 20}
+            raw["task"] = {**blocks, **(task or {})}
+        return raw
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         if self.task.name == "statistics":
-            from strategies.statistics import check_exact  # It reads jobs itself.
+            from strategies.statistics import check_statistics  # It reads jobs itself.
 
-            check_exact(self)
+            check_statistics(self)
+        if self.evaluation is not None:
+            from strategies.evaluation import check_evaluation
+
+            check_evaluation(self)
         if self.data.scaling == "site" and self.privacy.record is not None:
             raise ValueError(
                 'data.scaling = "site" standardises with statistics of the records, a release that no mechanism covers '
@@ -830,7 +394,15 @@ class Job(Section):
         sources = dict.fromkeys(("bundled", "path", "files", "client"))
         data = self.data.model_copy(update={**sources, "folder": "."})
         training = self.training.model_copy(update={"device": "auto"})  # Each site's own affair.
-        return self.model_copy(update={"data": data, "training": training, "simulation": Simulation()})
+        evaluation = self.evaluation.model_copy(update={"run": None}) if self.evaluation is not None else None
+        return self.model_copy(
+            update={"data": data, "training": training, "simulation": Simulation(), "evaluation": evaluation}
+        )
+
+    @property
+    def evaluated(self) -> Job:
+        """Of an evaluation: the job as far as it says what the evaluated model is, and how its rows are read."""
+        return self.model_copy(update={"evaluation": None, "privacy": Privacy(), "simulation": Simulation()})
 
     @property
     def secure_groups(self) -> int:
@@ -868,18 +440,42 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(f"{path}: cannot be read ({error.strerror})") from None
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path}: not valid TOML: {error}") from None
+    return _resolved(raw, overrides, folder=path.parent, where=str(path))
+
+
+def evaluation_job(run: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job that evaluates the model of a finished run, with `key=value` overrides. Raises `JobError`."""
+    return _resolved({"evaluation": {"run": str(run.resolve())}}, overrides, folder=Path(), where=str(run))
+
+
+def _resolved(raw: dict[str, Any], overrides: Sequence[str], *, folder: Path, where: str) -> Job:
+    """Check a parsed job; relative paths in it start at `folder`."""
     for override in overrides:
         _apply(raw, override)
+    if isinstance(evaluation := raw.get("evaluation"), dict) and "of" not in evaluation and "run" in evaluation:
+        from strategies.evaluation import with_evaluated
+
+        raw = with_evaluated(raw, beside=folder, where=where)
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("folder", "."), str) and "bundled" not in data:
-        data["folder"] = str((path.parent / data.get("folder", ".")).resolve())
+        data["folder"] = str((folder / data.get("folder", ".")).resolve())
     if isinstance(data, dict) and isinstance(data.get("statistics"), str):
         from strategies.statistics import with_statistics
 
-        beside = path.parent / data["statistics"]
+        beside = folder / data["statistics"]
         run = beside if beside.exists() else Path(data["statistics"])
-        raw["data"] = with_statistics(data, run, where=str(path))
-    return check_job(raw, where=str(path))
+        raw["data"] = with_statistics(data, run, where=where)
+    return check_job(raw, where=where)
+
+
+def stored_job(path: Path) -> Job:
+    """Read a resolved job as a folder keeps it, byte for byte what its hash covers. Raises `JobError`."""
+    try:
+        return check_job(tomllib.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise JobError(f"{path}: not valid TOML") from None
 
 
 def parse_job(text: str, *, where: str) -> Job:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from strategies.fedavg import FedAvg
-from strategies.job import Count, Positive, Rate
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Local, Traits
+from strategies.sections import Count, Positive, Rate
 
 
 @dataclass(frozen=True, kw_only=True)

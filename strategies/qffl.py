@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from strategies.fedavg import FedAvg, write_update
-from strategies.job import NotNegative
 from strategies.parameters import Vector
 from strategies.protocol import Added, Local, Traits
+from strategies.sections import NotNegative
 
 LEAST_LOSS = 1e-10  # As in the authors' code: a power of zero would end the sum.
 

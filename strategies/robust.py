@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.errors import JobError
-from strategies.job import Job, Robust
+from strategies.job import Job
+from strategies.job_privacy import Robust
 from strategies.parameters import Vector
 from strategies.total import Layout, Total
 

@@ -26,7 +26,8 @@ from privacy.secagg.roster import Roster
 from privacy.secagg.session import Shape, Terms
 from strategies.cohort import public_cohort
 from strategies.composition import check_sites
-from strategies.job import Job, SecureAggregation
+from strategies.job import Job
+from strategies.job_privacy import SecureAggregation
 from strategies.parameters import Vector
 from strategies.total import Layout
 

@@ -17,7 +17,6 @@ the clip norm of a private statistics job. What is missing is zero in all other 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.errors import JobError, RunError
-from strategies.job import ONE_EXACT_ROUND, Column, Data, Job, Protection, TaskChoice, load_job
-from strategies.parameters import Parameters, Vector
+from strategies.job import Job
+from strategies.job_data import Column, Data
+from strategies.job_task import TaskChoice
+from strategies.measured import check_exact, finished, read_json
+from strategies.parameters import Vector
 
 TASK = "statistics"
 UNDECLARED, MISSING = "undeclared", "missing"
@@ -110,33 +112,9 @@ def class_names(data: Data) -> list[str]:
     return ["0", "1"] if data.positive is None else ["other", "positive"]
 
 
-def check_exact(job: Job) -> None:
-    """Raise `ValueError` unless the job's model is the mean of phi: one exact step, and no clip that bites."""
-    privacy, strategy = job.privacy, job.strategy
-    allowed = {**ONE_EXACT_ROUND, "local_epochs": None, "batch_size": None, "weight_decay": 0.0}
-    asked = job.training.model_dump(include=set(allowed))
-    if wrong := [key for key, value in allowed.items() if asked[key] != value]:
-        exact = ", ".join(f"{key} = {value}" for key, value in ONE_EXACT_ROUND.items())
-        raise ValueError(f"training.{wrong[0]}: statistics are one exact step: leave out [training], or give {exact}")
-    weighting, whom = ("rows", "rows") if privacy.client is None else ("equal", "clients")
-    if (strategy.name, strategy.weighting, strategy.server_learning_rate or 1.0) != ("fedavg", weighting, 1.0):
-        raise ValueError(
-            f'strategy: statistics are a mean over {whom}: give name = "fedavg", weighting = "{weighting}" and no '
-            "server_learning_rate"
-        )
-    if privacy.record is not None and privacy.client is not None:
-        raise ValueError(
-            "privacy: statistics take [privacy.record] or [privacy.client]: the clip of a whole client would cut the "
-            "noise for its records, and bias the mean"
-        )
-    own: Protection | None = privacy.record or privacy.client
-    if own is not None and (own.clip_norm, own.clipping) != (1.0, "flat"):
-        raise ValueError(
-            "privacy: statistics of a record are scaled to a norm of at most 1: a smaller clip_norm would clip them, "
-            'a larger one only adds noise; leave out clip_norm and clipping (1.0 and "flat")'
-        )
-    if privacy.client is not None and (privacy.client.adaptive_clip or privacy.client.noise != "independent"):
-        raise ValueError("privacy.client: statistics are one round: leave out adaptive_clip and noise")
+def check_statistics(job: Job) -> None:
+    """Raise `ValueError` unless the job's model is the mean of phi."""
+    check_exact(job, "statistics")
     if job.data.scaling == "site":
         raise ValueError('data.scaling: statistics need a public `range` for every number: use scaling = "range"')
 
@@ -220,7 +198,7 @@ def _number(column: Column, parts: Mapping[str, NDArray[np.float64]], error: flo
         said["histogram"] = [_known(share) for share in shares[1:-1]]
         noise = None if error is None else error / total
         errors["share"] = noise if math.isfinite(shares[0]) else None
-        quartiles = [_quantile(shares, p, noise, low, high) for p in QUARTILES]
+        quartiles = [quantile(shares, p, noise, low, high) for p in QUARTILES]
         said["quartiles"] = [_known(value) for value, _ in quartiles]
         errors["quartiles"] = [_known(wide) for _, wide in quartiles]
     return {**said, "se": errors}
@@ -230,7 +208,7 @@ def _number(column: Column, parts: Mapping[str, NDArray[np.float64]], error: flo
 _TINY = 1e-6
 
 
-def _quantile(
+def quantile(
     shares: NDArray[np.float64], p: float, noise: float | None, low: float, high: float
 ) -> tuple[float, float]:
     """The p-quantile by linear interpolation within a cell, and its standard error from noise of `noise` a share.
@@ -292,60 +270,14 @@ def read_statistics(run: Path) -> dict[str, Any]:
     """
     if run.is_file():
         return _read_file(run)
-    if not (run / "job.toml").is_file():
-        raise RunError(f"{run}: no run folder and no file of statistics; run the statistics job first")
-    job = load_job(run / "job.toml")
-    if job.task.name != TASK:
-        raise RunError(f"{run}: a run of task {job.task.name}, not of task {TASK}")
-    if not (run / "model.safetensors").is_file():
-        raise RunError(f"{run}: this run is not finished; `fedchorus resume` it")
-    _, weights = Parameters.load(run / "model.safetensors")
-    ran = _json(run / "summary.json") if (run / "summary.json").is_file() else {}
-    sites = ran.get("sites")  # A coordinator knows their names, a simulation their rows and noise too.
-    known = list(sites.values()) if isinstance(sites, dict) else []
-    spent = ran.get("epsilon") if isinstance(ran.get("epsilon"), dict) else {}
-    return {
-        **summarise(job, weights, noise=_noise(job, known, ran.get("client"))),
-        "rows": sum(int(site["train_rows"]) for site in known) if known else None,
-        "sites": len(sites) if isinstance(sites, dict | list) else None,
-        "epsilon": {unit: value for unit, value in (spent or {}).items() if value is not None},
-        "weighting": job.strategy.weighting,
-    }
-
-
-def _noise(job: Job, sites: Sequence[Mapping[str, Any]], server: Mapping[str, Any] | None) -> float | None:
-    """The standard deviation of the noise in a weight of the finished model, or None where it is not known.
-
-    Phi's clip norm is 1. All sites that the job had are taken to have contributed.
-    """
-    privacy = job.privacy
-    if privacy.record is None and privacy.client is None:
-        return 0.0
-    if privacy.record is not None and sites:
-        # Each site's sum carries its own noise; the mean divides all of it by all rows.
-        rows = sum(int(site["train_rows"]) for site in sites)
-        return math.hypot(*(float(site["noise_multiplier"]) for site in sites)) / rows
-    if privacy.local is not None and privacy.local.noise_multiplier is not None and sites:
-        return privacy.local.noise_multiplier / math.sqrt(len(sites))
-    if privacy.central is not None and server is not None:
-        return float(server["noise_multiplier"]) / float(server["expected_cohort"])
-    return None  # Of distributed noise at least the stated part is there, of whoever answered.
+    found = finished(run, what=TASK, ours=lambda job: job.task.name == TASK)
+    return {**summarise(found.job, found.weights, noise=found.noise), **found.said()}
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    said = _json(path)
+    said = read_json(path)
     if said.get("v") != VERSION or not isinstance(said.get("columns"), dict):
         raise RunError(f"{path}: not what `fedchorus statistics --json` writes (version {VERSION})")
-    return said
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise RunError(f"{path}: cannot be read as JSON") from None
-    if not isinstance(said, dict):
-        raise RunError(f"{path}: not a JSON object")
     return said
 
 

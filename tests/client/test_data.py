@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 
 from client.data import Records, class_count, encode, feature_names, read_frame, site_frames, split
 from privacy.errors import DataError
-from strategies.job import Data
+from strategies.job_data import Data
 from tests.strategies.jobs import make_job
 
 COLUMNS = {"age": {"range": [0, 100]}, "blood": {"type": "category", "values": ["A", "B", "O"]}}

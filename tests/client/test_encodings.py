@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from client.data import Records, class_count, encode, feature_names, read_frame, site_frames, split
 from client.encodings import PADDING, bags, windows
 from privacy.errors import DataError
-from strategies.job import Column, Data
+from strategies.job_data import Column, Data
 from tests.strategies.jobs import make_job
 
 SECRET = "Zaphod"

@@ -46,6 +46,8 @@ PRIVATE: Mapping[str, Any] = {
 LOCAL = {"noise_multiplier": 8.0, "delta": DELTA, "placement": "local"}
 CENTRAL = {"epsilon": 2.0, "noise_multiplier": 8.0, "delta": DELTA, "placement": "central"}
 PLAIN: Mapping[str, Any] = {"privacy": {}}
+ONE_ROUND = {"rounds": 1, "learning_rate": 1.0, "local_steps": 1, "batch_size": None, "sampling_rate": 1.0}
+EVALUATION: Mapping[str, Any] = {"training": ONE_ROUND, "evaluation": {"of": "a" * 64}}
 ALLOWED: Mapping[str, Any] = {
     "version": 1,
     "purposes": ["training"],
@@ -148,6 +150,28 @@ CLAUSES: list[tuple[str, Changes, Changes, Changes]] = [
         {"sites": 15},
     ),
     ("secure_aggregation.minimum_colluders", {"secure_aggregation": {"minimum_colluders": 2}}, {}, {}),
+    (
+        "evaluation.allow_plain",
+        {"secure_aggregation": {"required": False}},
+        {**EVALUATION, "secure_aggregation": None},
+        {},
+    ),
+    (
+        "evaluation.allow_site_figures",
+        {"privacy": {"require": "none"}, **NO_BUDGET},
+        {**EVALUATION, "privacy": None, "evaluation": {"of": "a" * 64, "sites": 10}},
+        {},
+    ),
+    (
+        "evaluation.smallest_group",
+        {"privacy": {"require": "none"}, **NO_BUDGET},
+        {
+            **EVALUATION,
+            "privacy": None,
+            "evaluation": {"of": "a" * 64, "groups": {"sex": {"values": ["F"]}}, "smallest": 9},
+        },
+        {},
+    ),
     ("limits.jobs_per_day", {"limits": {"jobs_per_day": 0}}, {}, {}),
     ("limits.rounds_per_job", {"limits": {"rounds_per_job": 1}}, {}, {}),
     (
@@ -783,7 +807,7 @@ def clauses_of(raw: Mapping[str, Any], table: tuple[str, ...] = ()) -> list[tupl
 def test_the_reference_names_every_clause_with_its_default() -> None:
     text = (ROOT / "docs" / "policy.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", text, flags=re.MULTILINE))
-    sections = {"tasks", "strategies", "data", "privacy", "secure_aggregation", "limits"}
+    sections = {"tasks", "strategies", "data", "privacy", "secure_aggregation", "evaluation", "limits"}
     assert rows.keys() == {key for _, key in known_keys(PolicyFile)} - sections
     for rules in (PrivacyRules(), SecureRules(), Rates()):
         for key, value in rules.model_dump(exclude_none=True).items():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from client.regression import Forecasting, Recommendation, TabularRegression
 from client.tasks import task_for
 from privacy.errors import JobError
-from strategies.job import TaskChoice
+from strategies.job_task import TaskChoice
 from tests.strategies.jobs import make_job
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.schema import differences
-from strategies.job import Data
+from strategies.job_data import Data
 from tests.strategies.jobs import make_job
 
 COLUMNS = {"age": {"range": [0, 100]}, "blood": {"type": "category", "values": ["A", "B"]}}

@@ -15,7 +15,7 @@ from client.scores import c_index
 from client.survival import Survival, negative_partial_likelihood
 from client.tasks import task_for
 from privacy.errors import JobError
-from strategies.job import TaskChoice
+from strategies.job_task import TaskChoice
 from tests.strategies.jobs import make_job
 
 DATA = {"target_type": "time", "event": "e"}

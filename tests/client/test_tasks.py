@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from client.tasks import TASKS, TabularClassification, Task, initial_model, task_for
 from privacy.errors import JobError
 from strategies.catalogue import resolve
-from strategies.job import TaskChoice
+from strategies.job_task import TaskChoice
 from tests.strategies.jobs import make_job
 
 

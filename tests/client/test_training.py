@@ -15,7 +15,8 @@ from privacy.dpsgd import RecordLevelSgd
 from privacy.errors import JobError
 from privacy.mechanism import GaussianSum
 from privacy.noise import SeededNoise
-from strategies.job import TaskChoice, Training
+from strategies.job import Training
+from strategies.job_task import TaskChoice
 from strategies.parameters import Vector
 from tests.client.test_tasks import LineThroughZero
 from tests.strategies.jobs import make_job

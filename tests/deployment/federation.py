@@ -20,35 +20,27 @@ import pandas as pd
 from flwr.app import Array, ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.data import read_frame
 from client.desk import Desk
 from client.enrol import accept, add_signatures, enrol, review
 from client.initial import initial_parameters
-from client.local import LocalTraining
-from client.memory import named
 from client.policy import Policy
-from client.reading import feature_count, records_of, site_data
 from client.settings import Settings, SiteFolder
 from client.site import SitePlan
-from client.tasks import initial_model, task_for
+from client.trainer_child import Loaded
 from client.trainer_process import Opened
-from client.training import Trainer
 from privacy.enrolment import Invitation
 from privacy.errors import FedchorusError
 from privacy.keys import IdentityKey
 from privacy.logbook import Logbook
-from privacy.noise import OsNoise
 from privacy.secagg.roster import Roster
 from server.deployment import Deployment
 from server.jobs import JobFolder
 from server.membership import sign
 from server.provision import provision
 from server.sealed import SealedTransport
-from strategies.catalogue import strategy_for
 from strategies.job import Job
-from strategies.messages import Ask, unflat
+from strategies.messages import NOTHING, Ask, unflat
 from strategies.parameters import Vector
-from strategies.total import layout_for
 from tests.strategies.jobs import raw_job
 
 NAMES = ("north", "south", "west")
@@ -93,41 +85,24 @@ class InProcess:
     def start(self) -> None: ...
     def close(self) -> None: ...
 
-    def open(self, job: Job, site: str) -> Opened:
-        records = records_of(read_frame(self._data, job.data), job, where="a test")
-        self._job, self._site = job, site
-        self._rows = site_data(records, job, site=site)
-        task = task_for(job)
-        model = initial_model(task, features=feature_count(job), classes=2, seed=job.seed)
-        self._trainer = Trainer(task, model, job.training)
-        self._strategy = strategy_for(job)
-        traits, parameters = self._strategy.traits, self._trainer.parameters
-        self._layout = layout_for(job, parameters.size, traits)
-        return Opened(len(self._rows.train), len(self._rows.test), parameters, "cpu", self._layout, traits.personal)
+    def open(self, job: Job, site: str, evaluated: Vector = NOTHING) -> Opened:
+        self._loaded = loaded = Loaded(job, site, self._data, evaluated)
+        parameters, personal = loaded.trainer.parameters, loaded.strategy.traits.personal
+        return Opened(len(loaded.data.train), len(loaded.data.test), parameters, "cpu", loaded.layout, personal)
 
     def plan(self, plan: SitePlan) -> None:
-        self._training = LocalTraining(
-            self._site,
-            job=self._job,
-            plan=plan,
-            strategy=self._strategy,
-            trainer=self._trainer,
-            records=self._rows.train,
-            layout=self._layout,
-            noise=lambda _: OsNoise(),
-        )
+        self._loaded.plan(plan)
 
     def train(self, ask: Ask, memory: Vector | None) -> tuple[Vector, Vector | None]:
         self.trained += 1
-        return self._training(ask, memory)
+        assert self._loaded.training is not None
+        return self._loaded.training(ask, memory)
 
     def own_model(self, received: Vector, memory: Vector | None) -> Vector:
-        traits, size = self._strategy.traits, self._trainer.parameters.size
-        kept = named(memory, {**traits.kept, **traits.own}, size) if memory is not None else {}
-        return self._strategy.own_model(received, kept, self._trainer.parameters)
+        return self._loaded.own_model(received, memory)
 
     def evaluate(self, model: Vector) -> dict[str, float]:
-        return {"accuracy": 0.5, "rows": float(len(self._rows.test))}
+        return self._loaded.evaluate(model)
 
 
 @dataclass

@@ -64,6 +64,9 @@ class Clerk:
     def events(self, name: str, after: int) -> list[dict[str, Any]]:
         return [self._note("events", name, after)]
 
+    def result(self, name: str) -> dict[str, Any]:
+        return self._note("result", name)
+
     def model(self, name: str, at: int) -> bytes:
         self._note("model", name, at)
         return b"bytes"
@@ -129,6 +132,7 @@ CALLS: list[tuple[str, str, Any, str, str]] = [  # Method, path, body, who may, 
     ("GET", "/jobs", None, "operator", "jobs"),
     ("GET", "/jobs/one-12345678", None, "operator", "job"),
     ("GET", "/jobs/one-12345678/events?after=3", None, "operator", "events"),
+    ("GET", "/jobs/one-12345678/result", None, "operator", "result"),
     ("GET", "/jobs/one-12345678/model?at=9", None, "operator", "model"),
     ("POST", "/jobs/one-12345678/stop", None, "operator", "stop_job"),
     ("POST", "/jobs/one-12345678/resume", None, "operator", "resume_job"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from privacy.errors import RunError
 from privacy.ledger import Head
 from server.collect import Collected, Collector, Failure, PlainCollector, RobustCollector, collector_for
-from strategies.job import Robust
+from strategies.job_privacy import Robust
 from strategies.messages import Refusal, Reply, Request, Stepped, ask_for
 from strategies.total import Layout, Total
 from tests.strategies.jobs import make_job

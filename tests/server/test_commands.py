@@ -329,6 +329,19 @@ class TestJobs:
         assert fedchorus("fetch", job.id, "--out", "got.safetensors").stdout == "got.safetensors\n"
         assert (office.folder / "got.safetensors").read_bytes() == job.model.read_bytes()
 
+    def test_a_finished_job_is_fetched_as_a_folder_that_reads_as_a_run(self, office: Office) -> None:
+        job = office.submitted()
+        assert "is not finished" in mistake("fetch", job.id, "--out", "got")
+        assert not (office.folder / "got").exists()
+        job.model.write_bytes(b"a model")
+        job.write("summary.json", {"sites": ["north"]})
+        job.move("finished")
+        fedchorus("fetch", job.id, "--out", "got")
+        assert (office.folder / "got" / "job.toml").read_bytes() == job.job.toml
+        assert (office.folder / "got" / "model.safetensors").read_bytes() == b"a model"
+        assert json.loads((office.folder / "got" / "summary.json").read_text()) == {"sites": ["north"]}
+        assert "is there already" in mistake("fetch", job.id, "--out", "got")
+
     def test_a_model_that_is_not_there_yet_leaves_nothing_behind(self, office: Office) -> None:
         job = office.submitted()
         before = set(office.folder.iterdir())

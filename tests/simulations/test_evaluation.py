@@ -9,7 +9,7 @@ from client.data import Records, SiteData
 from client.tasks import TabularClassification
 from client.training import Trainer
 from simulations.evaluation import Evaluation
-from strategies.job import TaskChoice
+from strategies.job_task import TaskChoice
 from strategies.parameters import Vector
 from tests.strategies.jobs import make_job
 

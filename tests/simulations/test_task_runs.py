@@ -18,8 +18,7 @@ RNG_SEED, ROWS = 5, 48
 RECORD = {"record": {"noise_multiplier": 0.5, "delta": 1e-3}}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def tables(folder: Path) -> Path:
     """A table and an archive of two sites, with something to learn for each kind of task."""
     rng = np.random.default_rng(RNG_SEED)
     x = rng.uniform(0, 1, ROWS)
@@ -29,17 +28,22 @@ def folder(tmp_path: Path) -> Path:
     table["months"] = (rng.exponential(size=ROWS) / np.exp(3 * x)).round(3) + 0.001
     table["died"] = rng.integers(0, 2, ROWS)
     table["item"] = rng.integers(1, 5, ROWS)
-    table.to_csv(tmp_path / "table.csv", index=False)
+    table.to_csv(folder / "table.csv", index=False)
     pictures = np.where((x > 0.5)[:, None, None], 220, 30).astype(np.uint8) * np.ones((1, 8, 8), np.uint8)
-    np.savez(tmp_path / "images.npz", pictures=pictures, label=(x > 0.5).astype(np.uint8), site=site)
+    np.savez(folder / "images.npz", pictures=pictures, label=(x > 0.5).astype(np.uint8), site=site)
     weeks = pd.date_range("2022-01-03", periods=24, freq="7D").strftime("%Y-%m-%d")
     sold = 10 + 5 * rng.random((2, 24))
     parts = [
         pd.DataFrame({"site": name, "week": weeks, "sold": own, "x": 0.5})
         for name, own in zip(("north", "south"), sold, strict=True)
     ]
-    pd.concat(parts).to_csv(tmp_path / "series.csv", index=False)
-    return tmp_path
+    pd.concat(parts).to_csv(folder / "series.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tables(tmp_path)
 
 
 X = {"x": {"range": [0, 1]}}

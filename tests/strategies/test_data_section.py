@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from privacy.errors import JobError
-from strategies.job import TaskChoice
+from strategies.job_task import TaskChoice
 from tests.strategies.jobs import make_job
 
 NUMBER: dict[str, Any] = {"target_type": "number"}

@@ -266,11 +266,19 @@ FORECASTING: dict[str, Any] = raw_job(
 )
 
 
+# A job that measures a model, by groups of both kinds.
+EVALUATING: dict[str, Any] = {
+    **raw_job(),
+    "training": {"rounds": 1, "local_steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
+    "evaluation": {"of": "a" * 64, "groups": {"sex": {"values": ["F", "M"]}}},
+}
+
+
 @pytest.mark.parametrize(("table", "key"), sorted(set(known_keys(Job))), ids=lambda value: str(value))
 def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...], key: str) -> None:
-    chosen = {"columns": "x", "mix": "north", "devices": "phone"}
+    chosen = {"columns": "x", "mix": "north", "devices": "phone", "groups": "sex"}
     parent = [chosen[table[i - 1]] if name == "*" else name for i, name in enumerate(table)]
-    job = FORECASTING if "forecast" in table else EVERY_SECTION
+    job = FORECASTING if "forecast" in table else EVALUATING if "evaluation" in table else EVERY_SECTION
     raw = check_job(job, where="a test").model_dump(mode="json", exclude_none=True)
     inner = raw
     for name in parent:
@@ -452,7 +460,9 @@ class TestHash:
 
     def test_every_key_has_a_variant_here(self) -> None:
         changed = {
-            re.sub(r"(columns|mix|devices)\.\w+", r"\1.*", o.partition("=")[0]) for variant in VARIANTS for o in variant
+            re.sub(r"(columns|mix|devices|groups)\.\w+", r"\1.*", o.partition("=")[0])
+            for variant in VARIANTS
+            for o in variant
         }
         leaves = {".".join([*table, key]) for table, key in known_keys(Job)}
         tables = {leaf for leaf in leaves if any(other.startswith(f"{leaf}.") for other in leaves)}
@@ -463,6 +473,7 @@ BUNDLED = ["data.path=none", "data.client=none", "data.bundled=breast-cancer"]
 FILES = ["data.path=none", "data.client=none"]
 CLIENT = ["strategy.weighting=equal", "privacy.client={epsilon=1, delta=1e-5}"]
 SUMS = "secure_aggregation={}"
+MEASURED = ["training=none", f"evaluation={{of='{'a' * 64}'}}"]
 PHONES = "simulation.devices={phone={share=1.0}}"
 SERIES = [
     "data.target_type=number",
@@ -639,6 +650,19 @@ VARIANTS: list[list[str]] = [
     ["robust.max_norm=2"],
     ["robust.max_norm=median"],
     ["robust.memory_mib=9"],
+    MEASURED,
+    [*MEASURED, f"evaluation.of='{'b' * 64}'"],
+    [*MEASURED, "evaluation.run=elsewhere"],
+    [*MEASURED, "evaluation.model=own"],
+    [*MEASURED, "evaluation.bins=20"],
+    [*MEASURED, "evaluation.largest_loss=3"],
+    [*MEASURED, "evaluation.sites=20"],
+    [*MEASURED, "evaluation.groups={sex={values=['F']}}"],
+    [*MEASURED, "evaluation.groups={sex={}}", "evaluation.groups.sex.values=['M']"],
+    [*MEASURED, "evaluation.groups={sex={}}", "evaluation.groups.sex.edges=[1.0]"],
+    [*MEASURED, "evaluation.groups={sex={values=['F']}}", "evaluation.smallest=5"],
+    [*MEASURED, "data.target_type=number", "data.positive=none", "evaluation.target_range=[0, 1]"],
+    [*MEASURED, "data.target_type=time", "data.positive=none", "data.event=dead", "evaluation.times=[1.0]"],
 ]
 
 
@@ -655,9 +679,11 @@ def sections_of(section: BaseModel) -> Iterator[BaseModel]:
 def test_no_key_of_a_job_can_be_assigned_or_removed() -> None:
     job = check_job(EVERY_SECTION, where="a test")
     forecast = check_job(FORECASTING, where="a test").data.forecast
+    evaluation = check_job(EVALUATING, where="a test").evaluation
     assert forecast is not None
+    assert evaluation is not None
     before, seen = job.hash, 0
-    for section in [*sections_of(job), forecast]:
+    for section in [*sections_of(job), forecast, *sections_of(evaluation)]:
         for name in type(section).model_fields:
             seen += 1
             with pytest.raises(ValidationError, match="frozen"):

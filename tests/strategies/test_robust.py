@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from privacy.errors import JobError
 from strategies.catalogue import strategy_for
-from strategies.job import Robust
+from strategies.job_privacy import Robust
 from strategies.protocol import ServerState
 from strategies.robust import (
     REDUCTIONS,

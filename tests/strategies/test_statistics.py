@@ -293,7 +293,7 @@ class TestRuns:
         for name, job in (("other", make_job()), ("unfinished", statistics_job())):
             (tmp_path / name).mkdir()
             (tmp_path / name / "job.toml").write_bytes(job.toml)
-        with pytest.raises(RunError, match="not of task statistics"):
+        with pytest.raises(RunError, match="is not one of statistics"):
             read_statistics(tmp_path / "other")
         with pytest.raises(RunError, match="this run is not finished"):
             read_statistics(tmp_path / "unfinished")

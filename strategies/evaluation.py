@@ -1,0 +1,571 @@
+"""A finished model on all sites' test rows as one sum: what each number of the sum stands for, and what it says.
+
+An evaluation releases one mean, that of phi(row) over the federation's test rows (`strategies.measured`). Phi is made
+of what the model makes of a row, in public cells:
+
+| kind of target       | block       | coordinates                                                                |
+|----------------------|-------------|----------------------------------------------------------------------------|
+| two classes          | scores      | 1 in the row's class and the cell of its probability                       |
+| classes, characters  | confusion   | 1 in the row's class and the class predicted; of more than 32 classes none |
+|                      | confidence  | 1 in wrong or right, and the cell of the largest probability               |
+| a number             | errors      | 1 in the cell of the absolute error; `MOMENTS` of the error e, the target  |
+|                      |             | y and its place u in [-1, 1], on the target's range                        |
+| a time               | pairs       | 1 in the cells of time, event or censoring, and risk                       |
+| all but a time       | loss        | the loss, up to `largest_loss`                                             |
+
+and of each group of rows the same but for confidence and loss. With `sites` each site adds, once, a 1 in the cell of
+its own figure. All is scaled by one factor, so that phi has an L2 norm of at most 1 whatever the row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from privacy.errors import JobError, RunError
+from strategies.job import Job, stored_job
+from strategies.job_data import Data
+from strategies.measured import check_exact, finished, read_json
+from strategies.statistics import class_names, quantile
+
+Kind = Literal["binary", "classes", "number", "time"]
+Figures = dict[str, float]
+Array = NDArray[np.float64]
+
+MOST_CLASSES = 32  # Of more the confusion of each with each is not counted.
+MOMENTS = ("|e|", "e^2", "u", "u^2", "|y|")
+SITE_FIGURES: Mapping[Kind, tuple[str, ...]] = {
+    "binary": ("accuracy", "auc"),
+    "classes": ("accuracy",),
+    "number": ("mae",),
+    "time": ("c_index",),
+}
+VERSION = 1
+WHOLE = ""  # As a group: all rows.
+TENTHS = 10  # Cells in which calibration is shown.
+
+
+@dataclass(frozen=True)
+class Block:
+    """The coordinates `start` to `start + size` of phi: what of `group`, which is a column and its place there."""
+
+    kind: str
+    start: int
+    size: int
+    group: str = WHOLE
+    place: int = 0
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+def kind_of(data: Data) -> Kind:
+    """What kind of figures a target has."""
+    match data.target_type:
+        case "number" | "time":
+            return data.target_type
+        case "next":
+            return "classes"
+    return "binary" if data.classes is None or len(data.classes) == 2 else "classes"
+
+
+def labels_of(data: Data) -> list[str]:
+    """The names of the classes; of a next character the letters, and one for all others."""
+    if data.target_type == "next":
+        return ["other", *(data.columns[data.target].alphabet or "")]
+    return class_names(data)
+
+
+def range_of(job: Job) -> tuple[float, float]:
+    """The public range of a number that is predicted."""
+    assert job.evaluation is not None
+    found = job.evaluation.target_range or job.data.target_range
+    assert found is not None, "check_evaluation wants one"
+    return found
+
+
+def times_of(job: Job) -> list[float]:
+    """The public ends of the cells of a survival time; a last one has no end."""
+    assert job.evaluation is not None
+    return job.evaluation.times or job.task.intervals or []
+
+
+def blocks_of(job: Job) -> list[Block]:
+    """What phi holds, in order."""
+    choice, kind = job.evaluation, kind_of(job.data)
+    assert choice is not None
+    found: list[Block] = []
+
+    def add(name: str, size: int, group: str = WHOLE, place: int = 0) -> None:
+        start = found[-1].start + found[-1].size if found else 0
+        found.append(Block(name, start, size, group, place))
+
+    def add_rows(group: str = WHOLE, place: int = 0) -> None:
+        match kind:
+            case "binary":
+                add("scores", 2 * choice.bins, group, place)
+            case "classes":
+                classes = len(labels_of(job.data))
+                if classes <= MOST_CLASSES:
+                    add("confusion", classes**2, group, place)
+                if group == WHOLE or classes > MOST_CLASSES:
+                    add("confidence", 2 * choice.bins, group, place)
+            case "number":
+                add("errors", choice.bins + len(MOMENTS), group, place)
+            case "time":
+                add("pairs", 2 * (len(times_of(job)) + 1) * choice.bins, group, place)
+
+    add_rows()
+    if kind != "time":
+        add("loss", 1)
+    for column, group in (choice.groups or {}).items():
+        for place in range(len(group.names)):
+            add_rows(column, place)
+    if choice.sites is not None:
+        for name in SITE_FIGURES[kind]:
+            add(f"sites {name}", choice.sites + 1)
+    return found
+
+
+def size_of(job: Job) -> int:
+    """The number of coordinates of phi."""
+    last = blocks_of(job)[-1]
+    return last.start + last.size
+
+
+def scale_of(job: Job) -> float:
+    """The factor that gives phi an L2 norm of at most 1: a row is in one group of each column, and in one cell of each
+    count; every moment is at most 1, and so is a loss."""
+    most: dict[tuple[str, str], int] = {}
+    for block in blocks_of(job):
+        most[block.group, block.kind] = 1 + len(MOMENTS) if block.kind == "errors" else 1
+    return 1 / math.sqrt(sum(most.values()))
+
+
+def check_evaluation(job: Job) -> None:
+    """Raise `ValueError` unless the job's model is the mean of phi, and its target has what phi needs."""
+    check_exact(job, "evaluations")
+    choice, kind = job.evaluation, kind_of(job.data)
+    assert choice is not None
+    if job.task.name == "statistics":
+        raise ValueError('evaluation: a job of task "statistics" has no model to evaluate; leave [evaluation] out')
+    if kind == "number" and choice.target_range is None and job.data.target_range is None:
+        raise ValueError("evaluation: errors are counted on a public scale: give evaluation.target_range")
+    if kind != "number" and choice.target_range is not None:
+        raise ValueError('evaluation.target_range is for target_type = "number"')
+    if kind == "time" and not times_of(job):
+        raise ValueError("evaluation: times are counted in public cells: give evaluation.times, their ends")
+    if kind != "time" and choice.times is not None:
+        raise ValueError('evaluation.times is for target_type = "time"')
+    if choice.groups is not None and job.data.forecast is not None:
+        raise ValueError(
+            "evaluation.groups with data.forecast: a row is made of several periods, and belongs to no group; leave "
+            "groups out"
+        )
+    if job.privacy.record is not None and choice.sites is not None:
+        raise ValueError(
+            "evaluation.sites with privacy.record: a site's figure depends on all of its rows together, which no noise "
+            "for one row covers; take privacy.client, or leave sites out"
+        )
+    if job.privacy.record is not None and choice.model == "own":
+        raise ValueError(
+            'evaluation.model = "own" with privacy.record: a site\'s own model was trained on its records without '
+            'noise, and only its test rows would be covered; take privacy.client, or model = "shared"'
+        )
+
+
+def with_evaluated(raw: Mapping[str, Any], *, beside: Path, where: str) -> dict[str, Any]:
+    """Return a job file's parsed text with what `evaluation.run` says: the job it evaluates, its data and its task.
+
+    Of `[data]` the file itself may say where the records are (`bundled`, `folder`, `path`, `files`, `client`), and no
+    more: rows must be read as those that the model was trained on. Raises `JobError`.
+    """
+    choice = dict(raw["evaluation"])
+    named = choice["run"]
+    if not isinstance(named, str):
+        raise JobError(f"{where}: evaluation.run: should be a run folder")
+    run = beside / named if (beside / named).exists() else Path(named)
+    if not (run / "job.toml").is_file():
+        raise JobError(f"{where}: evaluation.run: {run} is no run folder")
+    trained = stored_job(run / "job.toml")
+    if trained.evaluation is not None or trained.task.name == "statistics":
+        raise JobError(f"{where}: evaluation.run: {run} trained no model: it is itself a measurement")
+    if not (run / "model.safetensors").is_file():
+        raise JobError(f"{where}: evaluation.run: {run} is not finished; `fedchorus resume` it")
+    _check_own(choice, trained, where=where)
+    own = raw.get("data") or {}
+    sources = {"bundled", "folder", "path", "files", "client"}
+    if strange := sorted(set(own) - sources) if isinstance(own, dict) else ["data"]:
+        raise JobError(
+            f"{where}: data.{strange[0]}: an evaluation reads rows as the model's job did; only where they are may "
+            f"differ: {', '.join(sorted(sources))}"
+        )
+    if raw.get("task"):
+        raise JobError(f"{where}: task: an evaluation has the task of the job that it evaluates; leave it out")
+    data = trained.data.model_dump(exclude_none=True, mode="json")
+    # Which rows are for testing must not change with the evaluation's own privacy.
+    data.setdefault("stratify", trained.privacy.record is None)
+    for key in ("bundled", "path", "files") if set(own) & {"bundled", "path", "files"} else ():
+        data.pop(key, None)
+    if "files" in own:
+        data.pop("client", None)
+    if "folder" in own:
+        own = {**own, "folder": str((beside / own["folder"]).resolve())}
+    simulation = dict(raw.get("simulation") or {})
+    if trained.simulation.partition is not None and "client" not in own and "files" not in own:
+        simulation.setdefault("partition", trained.simulation.partition.model_dump(exclude_none=True, mode="json"))
+    return {
+        "name": f"{trained.name[:53]}-evaluation",
+        "seed": trained.seed,
+        **raw,
+        "data": {**data, **own},
+        "task": trained.task.model_dump(exclude_none=True, mode="json"),
+        "evaluation": {**choice, "run": str(run.resolve()), "of": trained.hash},
+        **({"simulation": simulation} if simulation else {}),
+    }
+
+
+def _check_own(choice: Mapping[str, Any], trained: Job, *, where: str) -> None:
+    from strategies.catalogue import strategy_for  # It builds on jobs, which build on this module.
+
+    if choice.get("model") == "own" and not strategy_for(trained).traits.personal:
+        raise JobError(
+            f'{where}: evaluation.model = "own": strategy.name = "{trained.strategy.name}" leaves no site a model of '
+            'its own; take "ditto" or "fedper" there, or model = "shared" here'
+        )
+
+
+# -- what a run says ---------------------------------------------------------------------------------------------------
+
+
+def read_evaluation(run: Path) -> dict[str, Any]:
+    """What a finished evaluation says (`summarise`), with rows, sites and what was spent.
+
+    `run` is a run folder, a folder with the `job.toml` and `model.safetensors` of a federation's job, or a file that
+    `fedchorus evaluate --json` wrote. Raises `RunError`.
+    """
+    if run.is_file():
+        said = read_json(run)
+        if said.get("v") != VERSION or not isinstance(said.get("figures"), dict):
+            raise RunError(f"{run}: not what `fedchorus evaluate --json` writes (version {VERSION})")
+        return said
+    found = finished(run, what="an evaluation", ours=lambda job: job.evaluation is not None)
+    return {**summarise(found.job, found.weights.astype(np.float64), noise=found.noise), **found.said()}
+
+
+def summarise(job: Job, weights: Array, *, noise: float | None) -> dict[str, Any]:
+    """Read an evaluation's final model ((size,) float64, the mean of phi).
+
+    A figure is `{"value", "low", "high", "se"}`: what the cells say; between what it lies, whatever the rows' places
+    within their cells (equal where the cells tell it exactly); the standard error from noise of the standard deviation
+    `noise` in each weight (0 without, None where it is not known). What other test rows would change is in none of it.
+    A figure that the rows or the noise leave undefined is None. Of a group that its sites left out `share` is 0.
+    """
+    blocks, kind, choice = blocks_of(job), kind_of(job.data), job.evaluation
+    assert choice is not None
+    if weights.shape != (size_of(job),):
+        raise RunError(f"the model has {weights.size} weights, the job's evaluation {size_of(job)}: not its model")
+    scale = scale_of(job)
+    mean, error = weights / scale, None if noise is None else noise / scale
+    parts: dict[tuple[str, int], dict[str, Array]] = {}
+    for block in blocks:
+        parts.setdefault((block.group, block.place), {})[block.kind] = mean[block.slice]
+    whole = parts[WHOLE, 0]
+    told = _Reader(job, kind, error)
+    figures = told.figures(whole)
+    total = told.count(whole)
+    if "loss" in whole and total is not None:
+        value, wide = choice.largest_loss * float(whole["loss"][0]) / total, None
+        if error is not None:
+            wide = choice.largest_loss * error / total
+        figures["loss"] = _figure(value, se=wide)
+    groups: dict[str, dict[str, Any]] = {}
+    for column, group in (choice.groups or {}).items():
+        for place, name in enumerate(group.names):
+            own = parts[column, place]
+            share = told.count(own)
+            of_group = {"share": 0.0, "figures": {}}
+            if share is not None and total is not None:
+                of_group = {"share": min(1.0, share / total), "figures": told.figures(own)}
+            groups.setdefault(column, {})[name] = of_group
+    said: dict[str, Any] = {
+        "v": VERSION,
+        "job": job.hash,
+        "name": job.name,
+        "of": choice.of,
+        "model": choice.model,
+        "kind": kind,
+        "figures": figures,
+        "groups": groups,
+        "smallest": choice.smallest if job.privacy.record is None else None,
+    }
+    if kind in ("binary", "classes") and total is not None:
+        said["calibration"] = _calibration(whole["scores" if kind == "binary" else "confidence"], error)
+    if "confusion" in whole and total is not None:
+        said["classes"] = labels_of(job.data)
+        said["confusion"] = [[float(cell) for cell in row] for row in _square(whole["confusion"]) / total]
+    if choice.sites is not None:
+        said["by_site"] = {name: told.over_sites(name, whole[f"sites {name}"]) for name in SITE_FIGURES[kind]}
+    return said
+
+
+def figures_of(kind: Kind, job: Job) -> Mapping[str, Callable[[Array], tuple[Figures, Figures, Figures]]]:
+    """Of each block that has figures: what reads its counts, as values and the bounds below and above them."""
+    match kind:
+        case "binary":
+            return {"scores": binary_figures}
+        case "classes":
+            hits = confusion_figures if len(labels_of(job.data)) <= MOST_CLASSES else hit_figures
+            return {"confusion" if hits is confusion_figures else "confidence": hits}
+        case "number":
+            low, high = range_of(job)
+            return {"errors": lambda counts: error_figures(counts, low, high)}
+        case "time":
+            return {"pairs": lambda cells: pair_figures(cells.reshape(len(times_of(job)) + 1, 2, -1))}
+
+
+def binary_figures(cells: Array) -> tuple[Figures, Figures, Figures]:
+    """From (2, B) counts of negative and positive rows by the cell of their probability, flat.
+
+    A pair of a positive and a negative row in one cell counts half, so that the area is off by at most half the share
+    of such pairs; what is counted at 0.5, an edge of cells, is exact.
+    """
+    negative, positive = cells.reshape(2, -1)
+    wrong, right = float(negative.sum()), float(positive.sum())
+    half, total = len(negative) // 2, wrong + right
+    below = np.cumsum(negative) - negative
+    tied = float(positive @ negative)
+    hit, said = float(positive[half:].sum()), float(positive[half:].sum() + negative[half:].sum())
+    pairs = right * wrong
+    place = (np.arange(len(negative)) + 0.5) / len(negative)
+    wide = 0.5 / len(negative)
+    value = {
+        "auc": _ratio(float(positive @ below) + tied / 2, pairs),
+        "accuracy": _ratio(hit + float(negative[:half].sum()), total),
+        "precision": _ratio(hit, said),
+        "recall": _ratio(hit, right),
+        "specificity": _ratio(float(negative[:half].sum()), wrong),
+        "f1": _ratio(2 * hit, said + right),
+        "positive": _ratio(right, total),
+        "predicted": _ratio(float((positive + negative) @ place), total),
+        "brier": _ratio(float(positive @ (1 - place) ** 2 + negative @ place**2), total),
+        "calibration_error": _calibration_error(positive, positive + negative, place),
+    }
+    low, high = dict(value), dict(value)
+    low["auc"], high["auc"] = value["auc"] - _ratio(tied, 2 * pairs), value["auc"] + _ratio(tied, 2 * pairs)
+    low["predicted"], high["predicted"] = value["predicted"] - wide, value["predicted"] + wide
+    low["brier"] = _ratio(
+        float(positive @ np.maximum(0, 1 - place - wide) ** 2 + negative @ np.maximum(0, place - wide) ** 2), total
+    )
+    high["brier"] = _ratio(float(positive @ (1 - place + wide) ** 2 + negative @ (place + wide) ** 2), total)
+    low["calibration_error"] = max(0.0, value["calibration_error"] - wide)
+    high["calibration_error"] = value["calibration_error"] + wide
+    return value, low, high
+
+
+def confusion_figures(cells: Array) -> tuple[Figures, Figures, Figures]:
+    """From (K, K) counts of rows by class and predicted class, flat: all exact. `f1` is the mean over the classes that
+    have rows or predictions."""
+    table = _square(cells)
+    hits, rows, said = np.diagonal(table), table.sum(axis=1), table.sum(axis=0)
+    either = rows + said
+    known = either > 0
+    value = {
+        "accuracy": _ratio(float(hits.sum()), float(table.sum())),
+        "f1": float(np.mean(2 * hits[known] / either[known])) if known.any() else math.nan,
+        "recall": float(np.mean(hits[rows > 0] / rows[rows > 0])) if (rows > 0).any() else math.nan,
+    }
+    return value, value, value
+
+
+def hit_figures(cells: Array) -> tuple[Figures, Figures, Figures]:
+    """From (2, B) counts of wrong and right rows by the cell of their confidence, flat: the accuracy is exact."""
+    wrong, right = cells.reshape(2, -1)
+    value = {"accuracy": _ratio(float(right.sum()), float(cells.sum())), "calibration_error": _confidence_error(cells)}
+    wide = 0.5 / len(wrong)
+    low = {**value, "calibration_error": max(0.0, value["calibration_error"] - wide)}
+    return value, low, {**value, "calibration_error": value["calibration_error"] + wide}
+
+
+def error_figures(counts: Array, low: float, high: float) -> tuple[Figures, Figures, Figures]:
+    """From (B,) counts of rows by the cell of their absolute error over the range's width, then the sums of `MOMENTS`;
+    in the target's unit.
+
+    Quantiles of the error are known to a cell. All else is exact, but for errors above the range's width, which count
+    as that.
+    """
+    cells, (absolute, squared, u, u_squared, magnitude) = counts[: -len(MOMENTS)], counts[-len(MOMENTS) :].tolist()
+    rows, width, largest = float(cells.sum()), high - low, max(abs(low), abs(high))
+    spread = (width / 2) ** 2 * (u_squared - _ratio(u * u, rows))
+    value = {
+        "rmse": width * math.sqrt(max(0.0, squared / rows)) if rows > 0 else math.nan,
+        "mae": _ratio(width * absolute, rows),
+        "wape": _ratio(width * absolute, largest * magnitude),
+        "r2": 1 - _ratio(width**2 * squared, spread),
+    }
+    below, above = dict(value), dict(value)
+    for name, share in (("median_error", 0.5), ("error_90", 0.9)):
+        place = min(int(np.searchsorted(np.cumsum(cells), share * rows)), len(cells) - 1) if rows > 0 else math.nan
+        below[name], above[name] = place * width / len(cells), (place + 1) * width / len(cells)
+        value[name] = (below[name] + above[name]) / 2
+    return value, below, above
+
+
+def pair_figures(cells: Array) -> tuple[Figures, Figures, Figures]:
+    """From (T, 2, B) counts by the cell of time, censored or event, and the cell of risk: Harrell's concordance.
+
+    A pair whose times are in one cell does not count, one whose risks are counts half. The bounds let all such pairs be
+    for or against.
+    """
+    censored, events = cells[:, 0], cells[:, 1]
+    rows = censored + events
+    later = np.cumsum(rows[::-1], axis=0)[::-1] - rows
+    below = np.cumsum(later, axis=1) - later
+    right, tied = float((events * below).sum()), float((events * later).sum())
+    pairs = float((events.sum(axis=1) * later.sum(axis=1)).sum())
+    happened = events.sum(axis=1)
+    # As shares of all rows: a row is a pair with itself here, which only widens the bounds.
+    open_ = float((happened**2 / 2 + happened * censored.sum(axis=1)).sum())
+    value = {"c_index": _ratio(right + tied / 2, pairs)}
+    low = {"c_index": _ratio(right, pairs + open_) if pairs > 0 else math.nan}
+    return value, low, {"c_index": _ratio(right + tied + open_, pairs + open_) if pairs > 0 else math.nan}
+
+
+class _Reader:
+    """Reads the counts of one evaluation, each with noise of the standard deviation `error` (None: not known)."""
+
+    def __init__(self, job: Job, kind: Kind, error: float | None) -> None:
+        self._job, self._error = job, error
+        self._read = figures_of(kind, job)
+
+    def count(self, parts: Mapping[str, Array]) -> float | None:
+        """What the cells that hold each row once add up to; None where noise or nothing is all there is."""
+        kinds = ("scores", "confusion", "confidence", "errors", "pairs")
+        name = next(name for name in kinds if name in parts)
+        cells = parts[name][: -len(MOMENTS)] if name == "errors" else parts[name]
+        total = float(cells.sum())
+        return total if total > max(3 * math.sqrt(len(cells)) * (self._error or 0.0), 1e-9) else None
+
+    def figures(self, parts: Mapping[str, Array]) -> dict[str, Any]:
+        rows = self.count(parts)
+        found: dict[str, Any] = {}
+        for name, read in self._read.items():
+            counts = parts[name]
+            if rows is None:
+                found |= dict.fromkeys(read(np.ones_like(counts))[0])
+                continue
+            value, low, high = read(counts)
+            errors = self._errors(read, counts, rows)
+            found |= {key: _figure(value[key], low[key], high[key], errors.get(key)) for key in value}
+        return found
+
+    def _errors(
+        self, read: Callable[[Array], tuple[Figures, Figures, Figures]], counts: Array, rows: float
+    ) -> dict[str, float | None]:
+        """The standard errors from independent noise in each count, by the delta method."""
+        if not self._error:
+            return {} if self._error is None else dict.fromkeys(read(counts)[0], 0.0)
+        step = 1e-4 * rows
+        squares: dict[str, float] = {}
+        for place in range(len(counts)):
+            moved = counts.copy()
+            moved[place] += step
+            above = read(moved)[0]
+            moved[place] -= 2 * step
+            for key, value in read(moved)[0].items():
+                squares[key] = squares.get(key, 0.0) + ((above[key] - value) / (2 * step)) ** 2
+        return {key: self._error * math.sqrt(square) for key, square in squares.items()}
+
+    def over_sites(self, name: str, cells: Array) -> dict[str, Any]:
+        """How a figure is spread over the sites, from (C + 1,) counts of sites by its cell; the last has none.
+
+        Without noise: between what the worst site's lies, and the mean of the worst tenth of sites.
+        """
+        top = 1.0
+        if name == "mae":
+            low, high = range_of(self._job)
+            top = high - low
+        spread = math.sqrt(len(cells)) * (self._error or 0.0)
+        total, known = float(cells.sum()), float(cells[:-1].sum())
+        if not total > max(3 * spread, 1e-12) or not known > max(3 * spread, 1e-12):
+            return {"undefined": 1.0 if total > max(3 * spread, 1e-12) else None}
+        width, shares = top / (len(cells) - 1), cells[:-1] / known
+        noise = None if self._error is None else self._error / known
+        padded = np.concatenate([[0.0], shares, [0.0]])
+        said: dict[str, Any] = {"cell": width, "undefined": max(0.0, float(cells[-1]) / total)}
+        said["shares"] = [float(share) for share in shares]
+        quantiles = {"lowest_tenth": 0.1, "median": 0.5, "highest_tenth": 0.9}
+        for key, share in quantiles.items():
+            value, se = quantile(padded, share, noise, 0.0, top)
+            said[key] = _figure(value, max(0.0, value - width), min(top, value + width), se)
+        if self._error == 0:
+            order = np.arange(len(shares)) if name != "mae" else np.arange(len(shares))[::-1]
+            worst = int(next(place for place in order if shares[place] > 1e-9))
+            said["worst"] = _figure((worst + 0.5) * width, worst * width, (worst + 1) * width, 0.0)
+            taken = np.minimum(shares[order], np.maximum(0.0, 0.1 - (np.cumsum(shares[order]) - shares[order])))
+            mean = float(taken @ ((order + 0.5) * width)) / float(taken.sum())
+            said["worst_tenth"] = _figure(mean, mean - width / 2, mean + width / 2, 0.0)
+        return said
+
+
+def _calibration(cells: Array, error: float | None) -> list[dict[str, float | None]]:
+    """In up to ten cells of predicted probability: what was predicted, what came true, and the share of the rows."""
+    wrong, right = cells.reshape(2, -1)
+    place = (np.arange(len(right)) + 0.5) / len(right)
+    both, total = wrong + right, float(cells.sum())
+    said = []
+    for part in np.array_split(np.arange(len(right)), min(TENTHS, len(right))):
+        rows = float(both[part].sum())
+        known = rows > max(3 * math.sqrt(2 * len(part)) * (error or 0.0), 1e-9)
+        said.append(
+            {
+                "from": float(part[0] / len(right)),
+                "to": float((part[-1] + 1) / len(right)),
+                "share": max(0.0, rows / total),
+                "predicted": _clipped(float(both[part] @ place[part]) / rows) if known else None,
+                "observed": _clipped(float(right[part].sum()) / rows) if known else None,
+            }
+        )
+    return said
+
+
+def _calibration_error(came_true: Array, rows: Array, place: Array) -> float:
+    """The mean distance, in ten cells, between what was predicted and what came true (Naeini et al. 2015)."""
+    off = 0.0
+    for part in np.array_split(np.arange(len(rows)), min(TENTHS, len(rows))):
+        off += abs(float(rows[part] @ place[part]) - float(came_true[part].sum()))
+    return _ratio(off, float(rows.sum()))
+
+
+def _confidence_error(cells: Array) -> float:
+    wrong, right = cells.reshape(2, -1)
+    return _calibration_error(right, wrong + right, (np.arange(len(right)) + 0.5) / len(right))
+
+
+def _square(cells: Array) -> Array:
+    classes = math.isqrt(len(cells))
+    return cells.reshape(classes, classes)
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below > 0 else math.nan
+
+
+def _figure(
+    value: float, low: float | None = None, high: float | None = None, se: float | None = None
+) -> dict[str, float | None] | None:
+    if not math.isfinite(value):
+        return None
+    low, high = value if low is None else low, value if high is None else high
+    return {"value": value, "low": low, "high": high, "se": se if se is not None and math.isfinite(se) else None}
+
+
+def _clipped(share: float) -> float:
+    return min(1.0, max(0.0, share))
