@@ -43,12 +43,14 @@ from server.cohort import expected_size
 from server.release import ReleasePlan, secret_rate
 from simulations.secure_sums import planned
 from strategies import evaluation
+from strategies.catalogue import strategy_for
 from strategies.job import Job
 from strategies.job_privacy import Protection
 from strategies.job_task import TaskChoice
+from strategies.robust import check_robust
 from strategies.secure import SecureSum
 from strategies.statistics import TASK, blocks_of, size_of
-from strategies.total import Layout
+from strategies.total import layout_for
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 MOST_SETTINGS = 6  # Sites of very many sizes may each need their own noise, and a search for it.
@@ -209,7 +211,7 @@ class JobPlan:
     @classmethod
     def of(cls, job: Job) -> JobPlan:
         """Plan `job`. Raises what reading its data raises, `UnsupportedEvent` for noise that no figure bounds, and
-        `JobError` for a secure sum that cannot be.
+        `JobError` for a secure sum or a robust reduction that cannot be.
 
         A job that will be refused for its delta or its budget is planned nevertheless: see `simulations.cautions`.
         """
@@ -219,8 +221,8 @@ class JobPlan:
         kept = groups
         if len(groups) > MOST_SETTINGS:
             kept = [groups[round(i * last / (MOST_SETTINGS - 1))] for i in range(MOST_SETTINGS)]
-        # With privacy no training metrics are sent (`strategies.total.layout_for`).
-        layout = Layout(parameters, () if job.privacy.record or job.privacy.client else ("loss", "examples"))
+        layout = layout_for(job, parameters, strategy_for(job).traits)
+        check_robust(job, sites=len(rows), layout=layout)
         sums = (
             None
             if job.secure_aggregation is None

@@ -86,7 +86,8 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], said: str
     ids=str,
 )
 def test_what_can_work_is_taken(changes: dict[str, Any]) -> None:
-    make_job(**changes)
+    job = make_job(**changes)
+    assert make_job(**changes).hash == job.hash != make_job().hash
 
 
 def test_a_job_that_uses_none_of_it_says_nothing_of_it() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from privacy.errors import JobError
+from strategies.catalogue import strategy_for
 from strategies.fedbuff import FedBuff
 from strategies.protocol import Strategy
 from tests.strategies.contract import StrategyContract
@@ -26,7 +27,10 @@ def test_an_update_counts_the_less_the_older_it_is(exponent: float, steps: int, 
 
 
 def test_it_runs_on_the_clock_of_a_simulation_with_privacy_for_records() -> None:
-    make_job(strategy={"name": "fedbuff"}, privacy={"record": {"noise_multiplier": 1.0, "delta": 1e-3}}, **DEVICES)
+    private = {"record": {"noise_multiplier": 1.0, "delta": 1e-3}}
+    job = make_job(strategy={"name": "fedbuff"}, privacy=private, **DEVICES)
+    assert strategy_for(job).traits.asynchronous
+    assert job.privacy.record is not None
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,5 @@ def test_what_needs_a_cohort_is_refused_with_what_would_do(changes: dict[str, An
 
 
 def test_a_job_that_travels_to_a_deployment_is_refused_there() -> None:
-    from strategies.catalogue import strategy_for
-
     with pytest.raises(JobError, match="a deployment has rounds; take"):
         strategy_for(make_job(strategy={"name": "fedbuff"}, **DEVICES).portable)
