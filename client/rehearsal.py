@@ -48,8 +48,8 @@ class Rehearsal:
 
     def schema(self) -> list[str]:
         """How the data differ from the job's schema, one line each; for this site's people alone."""
-        from client.data import read_table
         from client.schema import differences
+        from client.tables import read_table
 
         if self._path.suffix == ".npz":  # Arrays, whose shapes are checked when they are opened.
             return []

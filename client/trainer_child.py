@@ -43,9 +43,10 @@ class Loaded:
     model that it evaluates."""
 
     def __init__(self, job: Job, site: str, data: Path, evaluated: Vector = NOTHING) -> None:
-        from client.data import class_count, read_frame
+        from client.data import class_count
         from client.evaluation import Judge
         from client.reading import feature_count, records_of, site_data
+        from client.tables import read_frame
         from client.tasks import initial_model, task_for
         from client.training import Trainer
 

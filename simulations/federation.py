@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from client.data import Records, SiteData, class_count, read_frame, require_columns, site_frames
+from client.data import Records, SiteData, class_count
 from client.evaluation import Judge
 from client.local import LocalTraining
 from client.reading import feature_count, records_of, site_data
 from client.site import Files, Seat, Site, SitePlan
+from client.tables import read_frame, require_columns, site_frames
 from client.tasks import Task, initial_model, task_for
 from client.training import Trainer
 from privacy.errors import DataError, JobError

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from client.data import read_table, site_frames
 from client.schema import differences, numbers_of
+from client.tables import read_table, site_frames
 from privacy.errors import DataError, JobError
 from strategies.job import Job
 

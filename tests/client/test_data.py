@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
-from client.data import Records, class_count, encode, feature_names, read_frame, site_frames, split
+from client.data import Records, class_count, encode, feature_names, split
+from client.tables import read_frame, site_frames
 from privacy.errors import DataError
 from strategies.job_data import Data
 from tests.strategies.jobs import make_job

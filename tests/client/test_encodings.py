@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.data import Records, class_count, encode, feature_names, read_frame, site_frames, split
+from client.data import Records, class_count, encode, feature_names, split
 from client.encodings import PADDING, bags, windows
+from client.tables import read_frame, site_frames
 from privacy.errors import DataError
 from strategies.job_data import Column, Data
 from tests.strategies.jobs import make_job

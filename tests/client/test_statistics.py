@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.data import SiteData, read_frame
+from client.data import SiteData
 from client.reading import feature_count, records_of, site_data
 from client.statistics import class_places, phi, value_places
+from client.tables import read_frame
 from client.tasks import initial_model, task_for
 from client.training import Trainer
 from privacy.dpsgd import RecordLevelSgd

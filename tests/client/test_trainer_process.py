@@ -103,8 +103,9 @@ def trainer(site: Path) -> Iterator[TrainerProcess]:
 
 def in_process(job: Job, site: Path, ask: Ask) -> tuple[Vector, dict[str, float]]:
     """The same training and evaluation here, put together from the parts that a simulation uses."""
-    from client.data import encode, read_frame, split
+    from client.data import encode, split
     from client.local import LocalTraining
+    from client.tables import read_frame
     from client.tasks import initial_model, task_for
     from client.training import Trainer
     from privacy.noise import OsNoise

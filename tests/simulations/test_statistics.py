@@ -159,8 +159,8 @@ class TestUse:
         del declared["blood"]
         job = load_job(job_file(tmp_path, name="t", data={**used, "columns": declared}, task=None, training=TRAINING),
                        ["data.client=site"])  # fmt: skip
-        from client.data import read_frame
         from client.reading import records_of
+        from client.tables import read_frame
 
         features = records_of(read_frame(tmp_path / "records.csv", job.data), job, where="a test").features
         ages = rows["age"].clip(0, 100)
