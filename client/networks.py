@@ -158,8 +158,8 @@ class CausalConvolution(nn.Module):
 class MatrixFactorisation(nn.Module):
     """A rating as user bias + item bias + inner product (Koren et al. 2009); rows are the ids of items from 0.
 
-    One site is one user: the parameters named `user.*` are its own, and a strategy that keeps them at the site leaves
-    the server the items alone.
+    Answers (B, 2): the rating, and the squared length of all that made it. One site is one user: the parameters named
+    `user.*` are its own, and a strategy that keeps them at the site leaves the server the items alone.
     """
 
     def __init__(self, items: int, factors: int) -> None:
@@ -167,15 +167,18 @@ class MatrixFactorisation(nn.Module):
         self.items = nn.Embedding(items, factors)
         self.item_bias = nn.Embedding(items, 1)
         self.user = nn.Linear(factors, 1)
-        nn.init.normal_(self.items.weight, std=1 / math.sqrt(factors))
+        # Small: what few users rate stays near its start, and should say little.
+        nn.init.normal_(self.items.weight, std=0.1)
         nn.init.zeros_(self.item_bias.weight)
         nn.init.normal_(self.user.weight, std=0.1)
         nn.init.zeros_(self.user.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
-        items = rows.squeeze(-1).long()
-        result: Tensor = self.user(self.items(items)) + self.item_bias(items)
-        return result
+        places = rows.squeeze(-1).long()
+        factors, bias = self.items(places), self.item_bias(places)
+        own = (self.user.weight**2).sum() + (self.user.bias**2).sum()
+        length = (factors**2).sum(dim=-1, keepdim=True) + bias**2 + own
+        return torch.cat([self.user(factors) + bias, length], dim=-1)
 
 
 def one_width(choice: TaskChoice) -> tuple[int, int]:

@@ -54,7 +54,7 @@ class TabularRegression:
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
         predicted, wanted = self.natural(outputs, targets).numpy(), self.wanted(targets).numpy()
-        return {"rmse": rmse(predicted, wanted), "r2": r2(predicted, wanted), "wape": wape(predicted, wanted)}
+        return {"rmse": rmse(predicted, wanted), "r2": r2(predicted, wanted)}
 
     def wanted(self, targets: Tensor) -> Tensor:
         """The targets in their own unit, (B,)."""
@@ -88,6 +88,10 @@ class Forecasting(TabularRegression):
         if data.forecast is None:
             raise JobError('task.name = "forecast" needs a table [data.forecast]')
 
+    def scores(self, outputs: Tensor, targets: Tensor) -> Mapping[str, float]:
+        predicted, wanted = self.natural(outputs, targets).numpy(), self.wanted(targets).numpy()
+        return {**super().scores(outputs, targets), "wape": wape(predicted, wanted)}
+
     def wanted(self, targets: Tensor) -> Tensor:
         return targets[..., 0]
 
@@ -103,7 +107,9 @@ class Forecasting(TabularRegression):
 class Recommendation(TabularRegression):
     """Ratings by matrix factorisation: one site is one user, whose parameters are named `user.*`.
 
-    `task.hidden` is the number of factors. What is predicted is kept within `data.target_range`.
+    `task.hidden` is the number of factors. What is predicted is kept within `data.target_range`. With `task.penalty`
+    each rating's loss has half of so many squared lengths of its factors and biases added (Koren et al. 2009, eq. 5);
+    the metric is the loss without.
     """
 
     column_type = "id"
@@ -123,5 +129,11 @@ class Recommendation(TabularRegression):
         assert items.count is not None
         return MatrixFactorisation(items.count, self._choice.hidden[0])
 
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().loss(outputs[..., :1], targets) + (self._choice.penalty or 0.0) / 2 * outputs[..., 1]
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, Tensor]:
+        return {**super().metrics(outputs, targets), "loss": super().loss(outputs[..., :1], targets)}
+
     def natural(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return super().natural(torch.clamp(outputs, -1, 1), targets)
+        return super().natural(torch.clamp(outputs[..., :1], -1, 1), targets)

@@ -30,6 +30,7 @@ STRATEGIES: Mapping[str, str] = {
     "q-ffl": "strategies.qffl:QFfl",
     "fedbn": "strategies.fedper:FedBn",
     "fedper": "strategies.fedper:FedPer",
+    "fedper-adam": "strategies.fedper:FedPerAdam",
     "fedrep": "strategies.fedper:FedRep",
     "ditto": "strategies.ditto:Ditto",
     "pfedme": "strategies.pfedme:PFedMe",

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from privacy.errors import JobError
 from strategies.fedavg import FedAvg, write_update
+from strategies.fedopt import FedAdam
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Added, Local, Traits
-from strategies.sections import Share
+from strategies.sections import Positive, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,14 @@ class FedPer(FedAvg):
     def by_default(self, parameters: Parameters) -> tuple[str, ...]:
         """What stays where the job does not say: the last layer."""
         return (list(parameters.shapes)[-1].rpartition(".")[0] + ".*",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedPerAdam(FedPer, FedAdam):
+    """FedPer whose server takes the steps of FedAdam: for shared arrays that are rarely touched, such as the factors of
+    an item that few customers have bought."""
+
+    server_learning_rate: Positive = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

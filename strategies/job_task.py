@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from strategies.sections import Bound, Count, Positive, Section, refuse_repeated
+from strategies.sections import Bound, Count, NotNegative, Positive, Section, refuse_repeated
 
 
 class TaskChoice(Section):
@@ -28,6 +28,7 @@ class TaskChoice(Section):
     heads: Count | None = None
     loss: Literal["squared", "huber", "cox", "discrete-time"] | None = None
     huber_delta: Positive | None = None
+    penalty: NotNegative | None = None
     intervals: list[Positive] | None = Field(default=None, min_length=1)
     statistics: list[Literal["moments", "histogram", "missing", "categories", "labels"]] | None = None
     bins: Annotated[int, Field(ge=2, le=1000)] | None = None
@@ -46,6 +47,8 @@ class TaskChoice(Section):
             raise ValueError('heads is for model = "ft-transformer"')
         if self.huber_delta is not None and self.loss != "huber":
             raise ValueError('huber_delta is for loss = "huber"')
+        if self.penalty is not None and self.model != "matrix-factorisation":
+            raise ValueError('penalty is for model = "matrix-factorisation"; others have training.weight_decay')
         if (self.intervals is not None) != (self.loss == "discrete-time"):
             raise ValueError('loss = "discrete-time" and intervals, the public ends of its time intervals, go together')
         if any(a >= b for a, b in pairwise(self.intervals or [])):

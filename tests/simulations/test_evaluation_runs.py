@@ -53,7 +53,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
 }
 # What the cells tell exactly, and what they tell within bounds; by the simulator's name.
-EXACT = {"binary": ("accuracy", "f1", "loss"), "classes": ("accuracy",), "number": ("rmse", "mae", "r2", "wape")}
+EXACT = {"binary": ("accuracy", "f1", "loss"), "classes": ("accuracy",), "number": ("rmse", "mae", "r2")}
 WITHIN = {"binary": ("auc",), "time": ("c_index",)}
 
 

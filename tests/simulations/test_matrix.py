@@ -37,6 +37,9 @@ WORKING = [
 ]
 
 
+PERSONAL = ("fedbn", "fedper", "fedper-adam", "fedrep", "ditto", "pfedme", "ifca")
+
+
 def run(folder: Path, strategy: str, protection: str) -> tuple[dict[str, Any], Vector]:
     raw = protected(RAW, strategy, PROTECTIONS[protection])
     if strategy == "fedbn":
@@ -62,7 +65,9 @@ def test_what_the_table_promises_works_to_the_number(tmp_path: Path, strategy: s
     # What is charged depends on the protection alone, never on the strategy.
     for unit, charged in reference("fedavg", protection)[0]["epsilon"].items():
         assert summary["epsilon"][unit] == (None if charged is None else pytest.approx(charged, rel=1e-6))
-    assert (summary["personal"] is not None) == (strategy in ("fedbn", "fedper", "fedrep", "ditto", "pfedme", "ifca"))
+    assert (summary["personal"] is not None) == (
+        strategy in ("fedbn", "fedper", "fedper-adam", "fedrep", "ditto", "pfedme", "ifca")
+    )
     # A secure sum is the plain sum: with the same seeded noise the model is the same.
     plain = {"secure aggregation": "none", "record-level, secure": "record-level"}.get(protection)
     if plain is not None:

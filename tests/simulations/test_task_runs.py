@@ -110,14 +110,14 @@ JOBS: dict[str, dict[str, Any]] = {
     },
 }
 SCORED = {
-    "regression": {"loss", "mae", "rmse", "r2", "wape"},
+    "regression": {"loss", "mae", "rmse", "r2"},
     "transformer": {"loss", "accuracy", "auc", "f1"},
     "survival": {"loss", "c_index"},
     "cox": {"loss", "c_index"},
     "images": {"loss", "accuracy", "auc", "f1"},
     "texts": {"loss", "accuracy", "auc", "f1"},
     "next character": {"loss", "accuracy"},
-    "ratings": {"loss", "mae", "rmse", "r2", "wape"},
+    "ratings": {"loss", "mae", "rmse", "r2"},
     "forecast": {"loss", "mae", "rmse", "r2", "wape"},
 }
 COUPLED = ("cox", "forecast")

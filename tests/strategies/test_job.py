@@ -597,6 +597,7 @@ VARIANTS: list[list[str]] = [
     [*CLIENT, "privacy.client.adaptive_clip={}", "privacy.client.adaptive_clip.learning_rate=0.25"],
     [*CLIENT, "privacy.client.adaptive_clip={}", "privacy.client.adaptive_clip.bit_noise=2"],
     ["strategy.server_learning_rate=0.5"],
+    ["task.model=matrix-factorisation", "task.penalty=0.1"],
     ["training.rounds=6"],
     ["training.learning_rate=0.25"],
     ["training.local_steps=4"],

@@ -11,7 +11,7 @@ import torch
 from privacy.errors import JobError
 from strategies.ditto import Ditto
 from strategies.fedavg import FedAvg
-from strategies.fedper import FedBn, FedPer, FedRep
+from strategies.fedper import FedBn, FedPer, FedPerAdam, FedRep
 from strategies.ifca import Ifca
 from strategies.parameters import Parameters
 from strategies.pfedme import PFedMe
@@ -24,6 +24,8 @@ LAYERS = {"body.weight": (2,), "head.weight": (1,)}
 
 
 class Layered(StrategyContract):
+    rounds = 60
+
     def site(self, **changes: Any) -> Lent:
         return Lent(**{"shapes": LAYERS, **changes})
 
@@ -36,7 +38,7 @@ class Layered(StrategyContract):
     def test_sites_that_differ_in_what_stays_agree_on_the_rest(self) -> None:
         strategy = self.make()
         clients = [self.site(goal=float32(1, 2, head)) for head in (-5, 5)]
-        end = run_rounds(strategy, START, clients, 60)
+        end = run_rounds(strategy, START, clients, self.rounds)
         models = [strategy.own_model(end.model, site.memory, site.parameters) for site in clients]
         np.testing.assert_allclose(models, [[1, 2, -5], [1, 2, 5]], atol=0.01)
         assert end.model[2] == 0
@@ -58,6 +60,21 @@ class TestFedPer(Layered):
     def test_patterns_that_name_nothing_or_everything_are_refused(self, keep: tuple[str, ...], said: str) -> None:
         with pytest.raises(JobError, match=f"strategy.keep: .* names {said} the model's arrays \\(body.weight"):
             FedPer(keep=keep).kept(Parameters(LAYERS))
+
+
+class TestFedPerAdam(Layered):
+    rounds = 600
+
+    def make(self) -> Strategy:
+        return FedPerAdam(server_learning_rate=0.01)
+
+    def test_what_few_sites_move_moves_as_far_as_what_all_do(self) -> None:
+        # Nine sites of ten know nothing of the second number: its average update is a tenth.
+        clients = [self.site(goal=float32(1, 1 if n == 0 else 0, 0)) for n in range(10)]
+        first = run_rounds(FedPerAdam(server_learning_rate=0.01, tau=1e-9), START, clients, 1).model
+        assert first[1] == pytest.approx(first[0], rel=1e-3)
+        plain = run_rounds(FedPer(), START, clients, 1).model
+        assert plain[1] == pytest.approx(plain[0] / 10, rel=1e-3)
 
 
 class TestFedRep(Layered):
