@@ -4,11 +4,13 @@
 
 FOLDER holds a folder for each data set, named as in the job files of examples/real. A seed changes the split, the
 partition, the batches and the model's start. `pooled` is the same model trained with the same optimiser on all rows in
-one place; of the classifications `reference` is scikit-learn's own logistic regression on those rows.
+one place; of the classifications `reference` is scikit-learn's own logistic regression on those rows. The 943 sites of
+movielens100k are users: its figure is that of their own models, it has no pooled one, and a seed takes ten minutes.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +44,9 @@ class Case:
             return means["federated"] >= means["pooled"] - self.below
         assert self.bound is not None
         side, limit = self.bound
-        return means["federated"] >= limit if side == ">=" else means["federated"] <= min(limit, means["local"])
+        if side == ">=":
+            return means["federated"] >= limit
+        return means["federated"] <= limit and not means["federated"] > means["local"]
 
 
 CASES: Mapping[str, Case] = {
@@ -52,6 +56,7 @@ CASES: Mapping[str, Case] = {
     "adult": Case("auc", below=0.01, reference=True),
     "walmart": Case("wape", bound=("<=", 0.037)),
     "pneumoniamnist": Case("accuracy", bound=(">=", 0.95)),
+    "movielens100k": Case("rmse", bound=("<=", 0.93)),
 }
 
 
@@ -61,10 +66,10 @@ def figures(name: str, case: Case, seed: int, data: Path, runs: Path) -> dict[st
     job = load_job(JOBS / f"{name}.toml", settings)
     summary = start_run(job, out=None, parent=runs, watcher=Watcher(), now=datetime.now(UTC))
     assert summary is not None
+    compared = summary["baselines"]
     result = {
-        "federated": summary["metrics"][case.metric],
-        "local": summary["baselines"]["local"][case.metric],
-        "pooled": summary["baselines"]["pooled"][case.metric],
+        "federated": (summary["personal"] or summary["metrics"])[case.metric],
+        **{side: compared.get(side, {}).get(case.metric, math.nan) for side in ("local", "pooled")},
     }
     return {**result, "reference": reference_auc(job)} if case.reference else result
 

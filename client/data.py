@@ -76,13 +76,16 @@ def feature_names(data: Data) -> list[str]:
     return names
 
 
-def encode(frame: pd.DataFrame, data: Data, *, where: str) -> Records:
+def encode(frame: pd.DataFrame, data: Data, *, where: str, empty: bool = False) -> Records:
     """Check every column of `frame` against the schema and encode it.
 
     A number with a range is clipped to it and mapped onto [-1, 1], or standardised by the job's `mean` and `sd`, and
     with on_missing = "fill" the job says what stands for a missing value: its constants are public, so no statistic of
-    these records enters. A missing target is never filled. Raises `DataError`.
+    these records enters. A missing target is never filled. Without complete rows it is refused, unless it may be
+    `empty`. Raises `DataError`.
     """
+    if empty and not len(frame):
+        return Records(np.zeros((0, len(feature_names(data))), np.float32), np.zeros(0, np.int64))
     series = _series(frame, data, where) if data.forecast is not None else None
     if series is not None:
         frame = frame.iloc[series.rows]
@@ -104,6 +107,8 @@ def encode(frame: pd.DataFrame, data: Data, *, where: str) -> Records:
             )
         target = target[complete.to_numpy()]
         columns = {name: values[complete] for name, values in columns.items()}
+    if len(target) == 0 and empty:
+        return Records(np.zeros((0, len(feature_names(data))), np.float32), target, kept=complete.to_numpy())
     if len(target) == 0:
         raise DataError(f"{where}: no rows" + (" left without missing values" if len(frame) else ""))
     parts = [series.features[complete.to_numpy()]] if series else []
@@ -128,32 +133,43 @@ def split(records: Records, data: Data, *, site: str, stratify: bool = True) -> 
 
     Raises `DataError` for a site that cannot train: too few rows, or one class only (`data.allow_one_class`).
     """
-    from sklearn.model_selection import train_test_split
-
-    classes = data.target_type in (None, "class")
-    # Without classes there are none to keep the shares of: all rows are alike.
-    counts = np.bincount(records.target, minlength=class_count(data)) if classes else np.array([len(records)])
+    training, testing = rows_apart(records, data, stratify=stratify)
     if records.held_out is not None:
-        if records.held_out.all():
+        if not len(training):
             raise DataError(f"site {site}: all its rows are held out for testing: none is left to train on")
-        training, testing_rows = np.flatnonzero(~records.held_out), np.flatnonzero(records.held_out)
-        parts = SiteData(records.take(training), records.take(testing_rows))
-        return _standardised(parts) if data.scaling == "site" else parts
-    if len(records) < 2:
+    elif len(records) < 2:
         raise DataError(f"site {site}: {len(records)} row is too few to train and test on")
-    if classes and np.count_nonzero(counts) < 2 and not data.allow_one_class:
+    elif data.target_type in (None, "class") and len(np.unique(records.target)) < 2 and not data.allow_one_class:
         raise DataError(
             f"site {site}: all its rows are of one class, so it cannot learn to tell two apart; check "
             f"data.target ({data.target!r}), leave the site out, or set data.allow_one_class = true"
         )
-    testing = math.ceil(data.test_fraction * len(records))
-    if testing == len(records):
+    elif math.ceil(data.test_fraction * len(records)) == len(records):
         raise DataError(
             f"site {site}: {len(records)} rows leave none to train on at data.test_fraction = {data.test_fraction:g}"
         )
-    fits = min(testing, len(records) - testing) >= np.count_nonzero(counts)
-    by_class = stratify and classes and fits and counts[counts > 0].min() > 2
+    elif not len(training) or not len(testing):
+        raise DataError(f"site {site}: too few complete rows to train and test on")
+    parts = SiteData(records.take(training), records.take(testing))
+    return standardised(parts) if data.scaling == "site" else parts
+
+
+def rows_apart(records: Records, data: Data, *, stratify: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which rows are for training and which for testing, as `split` has it; of a table that is too small to split all
+    are for training."""
+    from sklearn.model_selection import train_test_split
+
+    if records.held_out is not None:
+        return np.flatnonzero(~records.held_out), np.flatnonzero(records.held_out)
     kept = np.ones(len(records), dtype=bool) if stratify or records.kept is None else records.kept
+    testing = math.ceil(data.test_fraction * len(kept))
+    if len(kept) < 2 or testing == len(kept):
+        return np.arange(len(records)), np.arange(0)
+    # Without classes there are none to keep the shares of: all rows are alike.
+    classes = data.target_type in (None, "class")
+    counts = np.bincount(records.target, minlength=class_count(data)) if classes else np.array([len(records)])
+    fits = min(testing, len(kept) - testing) >= np.count_nonzero(counts)
+    by_class = stratify and classes and fits and counts[counts > 0].min() > 2
     train, test = (
         np.sort(rows)
         for rows in train_test_split(
@@ -164,13 +180,10 @@ def split(records: Records, data: Data, *, site: str, stratify: bool = True) -> 
         )
     )
     index = np.cumsum(kept) - 1
-    parts = SiteData(records.take(index[train[kept[train]]]), records.take(index[test[kept[test]]]))
-    if not len(parts.train) or not len(parts.test):
-        raise DataError(f"site {site}: too few complete rows to train and test on")
-    return _standardised(parts) if data.scaling == "site" else parts
+    return index[train[kept[train]]], index[test[kept[test]]]
 
 
-def _standardised(parts: SiteData) -> SiteData:
+def standardised(parts: SiteData) -> SiteData:
     """By the mean and standard deviation of this site's own training rows. Never with record-level privacy."""
     # In float64, where the mean of equal float32 values is exact: a constant column has a spread of zero, not of its
     # rounding errors.

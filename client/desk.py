@@ -95,10 +95,15 @@ def evaluated_model(job: Job, state: Path) -> Vector:
     if choice is None:
         return NOTHING
     folder = state / "jobs" / choice.of
-    path = folder / {"shared": "model.safetensors", "own": "own_model.safetensors"}[choice.model]
-    if not path.is_file():
+    shared, own = folder / "model.safetensors", folder / "own_model.safetensors"
+    path = shared if choice.model == "shared" else own
+    if not path.is_file() or not shared.is_file():
         raise Refused(f"an evaluation of job {choice.of[:12]}, of which this site has no {choice.model} model")
     trained = parse_job((folder / "job.toml").read_text(encoding="utf-8"), where="the evaluated job")
+    if measures(trained) is not None:
+        raise Refused(f"an evaluation of job {choice.of[:12]}, which trained no model")
+    if vector_hash(Parameters.load(shared)[1]) != choice.model_hash:
+        raise Refused(f"an evaluation of another model than job {choice.of[:12]} ended with here")
     stratify = trained.data.stratify if trained.data.stratify is not None else trained.privacy.record is None
     if (job.data, job.task) != (trained.data.model_copy(update={"stratify": stratify}), trained.task):
         raise Refused(f"an evaluation of job {choice.of[:12]} that reads other data, or for another task")
@@ -343,6 +348,8 @@ class Desk:
         """
         if self._has(message):  # It came before, and the answer was lost.
             return Agreed(self.name, message.job, message.round_number)
+        if (self._folder_of(message.job).path / "report.json").exists():
+            raise Refused("another model for a job that is over")
         offer, folder = self._offer_of(message.job), self._folder_of(message.job)
         job = parse_job(offer.toml, where="the job that this site agreed to")
         known = folder.read("shapes.json")

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.data import Records, SiteData, class_count, encode, feature_names, split
+from client.data import Records, SiteData, class_count, encode, feature_names, rows_apart, standardised
 from client.encodings import PADDING
 from client.scores import c_index, roc_auc
 from client.statistics import as_numbers, value_places
@@ -46,13 +46,7 @@ def rows_of(frame: pd.DataFrame, job: Job, *, where: str) -> Records:
     groups = job.evaluation.groups or {}
     if absent := [name for name in groups if name not in frame.columns]:
         raise DataError(f"{where}: there is no column {absent[0]!r}, which evaluation.groups names")
-    if not len(frame):
-        return Records(
-            np.zeros((0, len(feature_names(job.data))), np.float32),
-            np.zeros(0, np.int64),
-            groups=np.zeros((0, len(groups)), np.int64),
-        )
-    records = encode(frame, job.data, where=where)
+    records = encode(frame, job.data, where=where, empty=True)
     places = np.full((len(records) if records.kept is None else len(records.kept), len(groups)), NOWHERE)
     for column, (name, group) in enumerate(groups.items()):
         places[:, column] = group_places(frame[name], group, name=name, where=where)
@@ -95,25 +89,33 @@ class Judge:
                 f"evaluation: the model has {model.size} parameters, the task {self._trainer.parameters.size}: it is "
                 "not of this job"
             )
-        rows = test_rows(records, self._job, site=site)
+        rows = test_rows(records, self._job)
         phi = np.zeros((max(1, len(rows)), size_of(self._job)), np.float32)
-        figures: dict[str, float] = {}
-        if len(rows):
-            self._trainer.load(model)
-            placed = self._trainer.place(rows)
-            outputs, targets = self._trainer.outputs(placed.features).cpu(), placed.targets.cpu()
-            self._write(phi, outputs, targets, rows)
-            figures = self._figures(outputs, targets)
+        try:
+            figures = self._judge(phi, rows, model) if len(rows) else {}
+        except Exception as error:
+            # Its text might show a record.
+            raise JobError(f"task.name: {site}: evaluating the model failed ({type(error).__name__})") from error
         self._count_site(phi, figures)
         phi *= np.float32(scale_of(self._job))
         measured = Records(phi, np.zeros(len(phi), np.int64))
         return SiteData(measured, measured)
 
-    def _write(self, phi: Vector, outputs: Tensor, targets: Tensor, rows: Records) -> None:
+    def _judge(self, phi: Vector, rows: Records, model: Vector) -> dict[str, float]:
+        """Write each row's phi, unscaled; what the site counts itself by, if it does."""
+        self._trainer.load(model)
+        placed = self._trainer.place(rows)
+        outputs, targets = self._trainer.outputs(placed.features).cpu(), placed.targets.cpu()
+        counted = self._counted(outputs, targets)
+        self._write(phi, counted, outputs, targets, rows)
+        choice = self._job.evaluation
+        assert choice is not None
+        return self._figures(counted, outputs, targets) if choice.sites is not None else {}
+
+    def _write(self, phi: Vector, counted: dict[str, Vector], outputs: Tensor, targets: Tensor, rows: Records) -> None:
         choice = self._job.evaluation
         assert choice is not None
         assert rows.groups is not None
-        counted = self._counted(outputs, targets)
         shown = self._shown(rows.groups)
         for block in blocks_of(self._job):
             part = phi[:, block.slice]
@@ -138,7 +140,7 @@ class Judge:
         if self._job.privacy.record is not None:  # What one row may decide is bounded there; it decides nothing else.
             return [np.ones(size, dtype=bool) for size in sizes]
         counts = [np.bincount(groups[groups[:, n] >= 0, n], minlength=size) for n, size in enumerate(sizes)]
-        return [~left_out(of_column, choice.smallest) for of_column in counts]
+        return [~left_out(own, choice.smallest, nowhere=len(groups) - int(own.sum())) for own in counts]
 
     def _counted(self, outputs: Tensor, targets: Tensor) -> dict[str, Vector]:
         """Each of the kind's blocks for all rows: (n, size) float32."""
@@ -162,7 +164,10 @@ class Judge:
     def _numbers(self, outputs: Tensor, targets: Tensor) -> tuple[Numbers, Numbers]:
         """What was predicted and what was wanted, (n,) each, in the target's unit."""
         task: Any = self._task
-        return task.natural(outputs, targets).double().numpy(), task.wanted(targets).double().numpy()
+        found = task.natural(outputs, targets), task.wanted(targets)
+        if any(tuple(one.shape) != (len(targets),) for one in found):
+            raise ValueError("natural and wanted are one number per record")
+        return found[0].double().numpy(), found[1].double().numpy()
 
     def _risk(self, outputs: Tensor) -> Numbers:
         """(n,) within [0, 1]: a rising function of the task's risk."""
@@ -174,15 +179,16 @@ class Judge:
         unit: Numbers = np.nan_to_num(found.numpy(), nan=0.0)
         return unit
 
-    def _figures(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    def _figures(self, counted: dict[str, Vector], outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """This site's own figures, each within [0, 1]; NaN where its rows do not define one."""
         match self._kind:
             case "binary":
                 probability, positive = _probability(outputs), targets.numpy() == 1
-                right = float(np.mean((probability > 0.5) == positive))
-                return {"accuracy": right, "auc": roc_auc(probability, positive)}
+                accuracy = float(np.mean((probability > 0.5) == positive))
+                return {"accuracy": accuracy, "auc": roc_auc(probability, positive)}
             case "classes":
-                return {"accuracy": float(self._task.metrics(outputs, targets)["accuracy"].double().mean())}
+                right = counted["confidence"].reshape(len(targets), 2, -1)[:, 1]
+                return {"accuracy": float(right.sum(axis=1, dtype=np.float64).mean())}
             case "number":
                 (low, high), (predicted, wanted) = range_of(self._job), self._numbers(outputs, targets)
                 return {"mae": float(np.mean(np.abs(predicted - wanted))) / (high - low)}
@@ -233,12 +239,14 @@ def _class_counts(outputs: Tensor, targets: Tensor, classes: int, bins: int) -> 
 
 
 def _error_counts(predicted: Numbers, wanted: Numbers, low: float, high: float, bins: int) -> Vector:
-    """The cell of each absolute error over the range's width, then `MOMENTS`: (n, bins + 5). Errors above the width
-    and targets beyond the range count as its ends."""
+    """The cell of each absolute error over the range's width, then `MOMENTS`: (n, bins + 6). Errors above the width
+    and targets beyond the range count as its ends, and are told of."""
     error = np.nan_to_num(np.clip(np.abs(predicted - wanted) / (high - low), 0, 1), nan=1.0)
     inside = np.clip(wanted, low, high)
     u = (inside - (low + high) / 2) / ((high - low) / 2)
-    moments = np.stack([error, error**2, u, u**2, np.abs(inside) / max(abs(low), abs(high))], axis=1)
+    u = np.clip(u, -1, 1)  # A range near the precision of numbers rounds it beyond.
+    outside = (wanted != inside) | ~(np.abs(predicted - wanted) <= high - low)
+    moments = np.stack([error, error**2, u, u**2, np.abs(inside) / max(abs(low), abs(high)), outside], axis=1)
     return np.concatenate([_marked(cells(error, bins), bins), moments.astype(np.float32)], axis=1)
 
 
@@ -249,26 +257,25 @@ def _marked(places: Places, size: int) -> Vector:
     return marked
 
 
-def left_out(counts: NDArray[np.int64], smallest: int) -> NDArray[np.bool_]:
+def left_out(counts: NDArray[np.int64], smallest: int, *, nowhere: int = 0) -> NDArray[np.bool_]:
     """Which groups of a column a site leaves out: those of fewer than `smallest` of its rows, and then the next
-    smallest, until the rows left out are as many. What all rows less the groups shown would tell is of so many too."""
+    smallest, until the rows left out, and those `nowhere`, are as many or none. So what all rows less the groups shown
+    would tell is of so many too."""
     out = (counts > 0) & (counts < smallest)
     for place in np.argsort(counts, kind="stable"):
-        if not out.any() or counts[out].sum() >= smallest:
+        if not 0 < nowhere + counts[out].sum() < smallest:
             break
         out[place] = True
     return out
 
 
-def test_rows(records: Records, job: Job, *, site: str) -> Records:
+def test_rows(records: Records, job: Job) -> Records:
     """The rows that the evaluated model's job holds out for testing; none of a table that is too small to split."""
-    data = job.data
-    if records.held_out is not None and (not len(records) or records.held_out.all()) and data.scaling == "range":
-        return records
-    if records.held_out is None and math.ceil(data.test_fraction * len(records)) >= len(records):
-        return records.take(np.zeros(0, np.int64))
-    assert data.stratify is not None, "an evaluation says how its rows were split"
-    return split(records, data.model_copy(update={"allow_one_class": True}), site=site, stratify=data.stratify).test
+    assert job.data.stratify is not None, "check_evaluation wants it"
+    training, testing = rows_apart(records, job.data, stratify=job.data.stratify)
+    if job.data.scaling == "site" and len(training) and len(testing):
+        return standardised(SiteData(records.take(training), records.take(testing))).test
+    return records.take(testing if job.data.scaling == "range" else testing[:0])
 
 
 def cells(values: Numbers, bins: int) -> Places:

@@ -18,6 +18,7 @@ from client.pace import Pace
 from client.site import SitePlan
 from client.training import Adjustment, DeviceRecords, Trainer
 from privacy.errors import JobError
+from privacy.mechanism import clip_in_place
 from privacy.noise import NoiseSource
 from strategies.job import Job
 from strategies.messages import Ask
@@ -66,7 +67,10 @@ class LocalTraining:
         every = {**traits.kept, **traits.own}
         before = named(memory, every, size) if memory is not None else {}
         contribution = np.zeros(self._layout.size, dtype=np.float32)
-        own = _Round(self, ask.round_number, {name: array for name, array in before.items() if name in traits.kept})
+        client = self._job.privacy.client
+        clip_norm = ask.clip_norm if ask.clip_norm is not None else client.clip_norm if client is not None else None
+        lent = {name: array for name, array in before.items() if name in traits.kept}
+        own = _Round(self, ask.round_number, lent, clip_norm=clip_norm)
         added = strategy.contribution(ask.model, own, contribution[: self._layout.parameters])
         if set(added.scalars) != set(traits.scalars):
             raise JobError("strategy.name: its contribution has other scalars than its traits name")
@@ -78,21 +82,31 @@ class LocalTraining:
         if not traits.remembers:
             return Trained(contribution)
         # What follows stays here: from now on the records may be read freely, and nothing that leaves depends on it.
-        lent = {name: array.copy() for name, array in {**before, **own.memory}.items()}
-        after = _Round(self, ask.round_number, lent, stays=True)
+        # Hence copies: a strategy may have kept the trainer's own memory, which is trained on next.
+        kept = {name: np.array(array) for name, array in own.memory.items() if name in traits.kept}
+        after = _Round(self, ask.round_number, {**named_copies(before), **named_copies(own.memory)}, stays=True)
         strategy.personalise(ask.model, after)
-        kept = {name: array for name, array in own.memory.items() if name in traits.kept}
         kept |= {name: array for name, array in after.memory.items() if name in traits.own}
         return Trained(contribution, flat(kept, every, size))
+
+
+def named_copies(memory: dict[str, Vector]) -> dict[str, Vector]:
+    return {name: np.array(array) for name, array in memory.items()}
 
 
 class _Round:
     """`strategies.protocol.Local` for one round of one site; with `stays` for what never leaves it."""
 
     def __init__(
-        self, training: LocalTraining, round_number: int, memory: dict[str, Vector], *, stays: bool = False
+        self,
+        training: LocalTraining,
+        round_number: int,
+        memory: dict[str, Vector],
+        *,
+        stays: bool = False,
+        clip_norm: float | None = None,
     ) -> None:
-        self._of, self._number, self._stays = training, round_number, stays
+        self._of, self._number, self._stays, self._clip_norm = training, round_number, stays, clip_norm
         self.memory = memory
         self.metrics = dict.fromkeys(TRAINING_METRICS, 0.0)
         self._taken = self._fits = self._skipped = 0
@@ -143,6 +157,8 @@ class _Round:
         steps: int | None = None,
     ) -> Vector:
         trainer, steps = self._of._trainer, self.steps if steps is None else steps
+        if steps < 0:
+            raise JobError(f"strategy.name: it asks for {steps} steps of training")
         self._taken, self._fits = self._taken + steps, self._fits + 1
         if towards is None and pull:
             towards = start.copy()  # It may be the trainer's own memory.
@@ -176,6 +192,10 @@ class _Round:
             self.metrics = {name: self.metrics[name] + sums[name] for name in self.metrics}
         self._skipped += steps - stint.taken
         return trainer.read()
+
+    def bound(self, update: Vector) -> None:
+        if self._clip_norm is not None:
+            clip_in_place(update, self._clip_norm)
 
     def loss(self, model: Vector) -> float:
         if self._of._job.privacy.record is not None and not self._stays:

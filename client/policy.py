@@ -196,6 +196,8 @@ class Policy(PolicyFile):
             yield Violation("evaluation.allow_plain", "the server would see this site's figures by themselves")
         if choice.sites is not None and not rules.allow_site_figures:
             yield Violation("evaluation.allow_site_figures", "the job counts sites by their own figures")
+        if strange := sorted(set(choice.groups or {}) - set(rules.groups)):
+            yield Violation("evaluation.groups", f"{shown(strange[0])} is not listed")
         if choice.groups and job.privacy.record is None and choice.smallest < rules.smallest_group:
             why = f"the job's smallest is {choice.smallest}, not {rules.smallest_group}"
             yield Violation("evaluation.smallest_group", why)

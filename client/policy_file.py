@@ -111,6 +111,7 @@ class EvaluationRules(Section):
 
     allow_plain: bool = False
     allow_site_figures: bool = False
+    groups: list[str] = Field(default_factory=list)
     smallest_group: Count = 10
 
 
@@ -276,6 +277,7 @@ allow = ["fedavg"]
 [evaluation]
 #allow_plain = false  # Without secure aggregation: the server would see this site's figures by themselves.
 #allow_site_figures = false  # This site's own figure as one of a count over the sites, without its name.
+#groups = ["sex"]  # Columns whose groups may be measured; one that tells sites apart tells their figures.
 #smallest_group = 10  # A group of fewer of this site's test rows is left out.
 
 [limits]

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from client.gate import Account, Gate, Guard, Outbox
 from client.memory import SiteMemory
 from client.secure import SecureGate, Stopwatch
@@ -191,7 +193,8 @@ class Site:
         assert self._files is not None, "a strategy that remembers needs a file"
         memory = SiteMemory(self._files.memory, self._layout.memory)
         contribution, kept = self._train(ask, memory.before(ask.round_number))
-        if kept is not None:
+        # What is not finite would spoil each later round too: the site goes on with what it had before.
+        if kept is not None and np.isfinite(kept).all():
             memory.keep(ask.round_number, kept)
         return contribution
 

@@ -27,12 +27,15 @@ def width(job: Job) -> int:
 def phi(frame: pd.DataFrame, job: Job, *, where: str) -> Records:
     """Encode each row as phi (`strategies.statistics`): (n, width) float32 of L2 norm at most 1.
 
-    Missing values and undeclared categories are counted, not refused; a table without rows counts as one row in which
-    everything is missing, so that its site takes part like any other. The target becomes class numbers, which only a
-    simulation's partition looks at: 0 where it has none. Raises `DataError` for what is no number where one should be.
+    Missing values and undeclared categories are counted, not refused; a table without rows to train on gets one in
+    which everything is missing, so that its site takes part like any other. The target becomes class numbers, which
+    only a simulation's partition looks at: 0 where it has none. Raises `DataError` for what is no number where one
+    should be.
     """
-    if not len(frame):
-        frame = frame.reindex([0])
+    held_out = held_out_rows(frame, job.data)
+    if not len(frame) or (held_out is not None and held_out.all()):
+        frame = frame.reset_index(drop=True).reindex(range(len(frame) + 1))
+        held_out = None if held_out is None else np.append(held_out, False)
     blocks = blocks_of(job.data, job.task)
     rows = np.zeros((len(frame), size_of(blocks)), dtype=np.float32)
     labelled, known = job.data.target_type in (None, "class"), len(class_names(job.data))
@@ -52,7 +55,7 @@ def phi(frame: pd.DataFrame, job: Job, *, where: str) -> Records:
             numbers[block.column] = as_numbers(frame[block.column], block.column, where=where)
         _measure(part, block.kind, numbers[block.column], column)
     rows *= np.float32(scale_of(blocks))
-    return Records(rows, np.where(classes < known, classes, 0), held_out=held_out_rows(frame, job.data))
+    return Records(rows, np.where(classes < known, classes, 0), held_out=held_out)
 
 
 def measured(records: Records, data: Data, *, site: str, stratify: bool) -> SiteData:
@@ -111,7 +114,8 @@ def _measure(part: NDArray[np.float32], kind: str, numbers: NDArray[np.float64],
         return
     values = numbers[present]
     if kind == "moments":
-        u = (np.clip(values, low, high) - (low + high) / 2) / ((high - low) / 2)
+        # A middle that is rounded, in a range of few floats, would put u beyond 1, and phi beyond its norm.
+        u = np.clip((np.clip(values, low, high) - (low + high) / 2) / ((high - low) / 2), -1.0, 1.0)
         part[present] = np.stack([u, u * u], axis=1)
         return
     bins = part.shape[1] - 2

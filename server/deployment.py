@@ -34,7 +34,7 @@ from strategies.parameters import Parameters, vector_hash
 from strategies.protocol import ServerState, Strategy
 from strategies.robust import check_robust
 from strategies.secure import SecureSum, groups_of
-from strategies.total import Layout, layout_for
+from strategies.total import Layout, layout_for, training_loss
 
 PATIENCE_S = 20.0  # So long a round waits for sites that are away, if enough are there without them.
 REOFFER_S = 15.0  # A site that gave no answer to an offer is asked again so often.
@@ -273,11 +273,10 @@ class Deployment:
 
     def _record(self, job: Job, result: RoundResult) -> None:
         collected = result.collected
-        training = collected.total.metrics if not (job.privacy.record or job.privacy.client) else {}
         secret = job.cohort.rate is not None
         line: dict[str, Any] = {
             "round": result.round_number,
-            "training_loss": training["loss"] / training["examples"] if training else None,
+            "training_loss": training_loss(collected.total.metrics),
             "contributors": None if secret else list(collected.contributors),
             "failures": {} if secret else dict(collected.failures),
             "epsilon_client": self._epsilon(),

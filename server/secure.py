@@ -22,7 +22,7 @@ from privacy.secagg.session import Terms
 from server.collect import Collected, Failure, Transport
 from strategies.job_privacy import Robust
 from strategies.messages import Ask, MalformedMessage, Refusal, Stage, Step, Stepped, check_stepped
-from strategies.robust import liars, reduced
+from strategies.robust import fewest, liars, reduced
 from strategies.secure import SecureSum, is_sound, rotation_of
 from strategies.total import Total
 
@@ -76,7 +76,14 @@ class _Round:
         finally:
             self._forget()
         robust = self.collector.robust
-        total.add_sum(reduced(robust, layout, sums, byzantine=liars(robust, len(groups))))
+        borne = liars(robust, len(groups))
+        if len(sums) < fewest(robust.reduce, borne):
+            raise RoundAborted(
+                f"round {self.ask.round_number}: secure sum: {len(sums)} of {len(groups)} groups have a sum, and "
+                f'robust.reduce = "{robust.reduce}" bears {borne} that lie of {fewest(robust.reduce, borne)} or more; '
+                "mend those that failed and resume"
+            )
+        total.add_sum(reduced(robust, layout, sums, byzantine=borne))
         names = sorted(name for group in groups if group.lost is None for name in group.contributors)
         for site in self.sites:
             if site not in names:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from privacy.errors import JobError
 from privacy.ledger import Head
 from server.collect import Collected, PlainCollector, Transport
 from simulations.devices import Devices, VirtualClock
@@ -24,7 +23,8 @@ class BufferedCollector:
     """A `server.collect.Collector` whose round is one filling of the strategy's buffer.
 
     At most `cohort.size` devices train at once. Who answered or failed waits for the next model, so it takes part at
-    most once in each step and trains at most once on each model. If nobody is left who could still answer, the step is
+    most once in each step and trains at most once on each model. Where all who could answer are away, time goes on
+    until the first of them is back: it looks in each time that it would have trained. If nobody is left, the step is
     taken on a buffer that is not full. A device trains when its answer is due, so what is kept meanwhile is only each
     model that somebody is at work on; what is still being trained at the end, or when a run is cut off, never counted
     and is not charged.
@@ -38,10 +38,6 @@ class BufferedCollector:
     """For each contributor of the last step: the round of the model that it trained on."""
     _busy: list[tuple[float, str, Ask]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if self.strategy.buffer > (sites := len(self.devices.rows)):
-            raise JobError(f"strategy.buffer: {self.strategy.buffer} contributions of {sites} sites; lower it")
-
     def collect(self, ask: Ask, sites: Sequence[str], total: Total) -> Collected:
         contributors: list[str] = []
         failures: dict[str, str] = {}
@@ -50,9 +46,16 @@ class BufferedCollector:
         rng = np.random.default_rng([self.devices.job.seed, ask.round_number, 8])
         free = sorted(set(self.devices.rows) - {site for _, site, _ in self._busy})
         free = [free[place] for place in rng.permutation(len(free))]
-        waiting = [site for site in free if self.devices.is_there(site, ask.round_number)]
+        looks = {site: self.devices.away(site, ask.round_number) for site in free}
+        waiting = [site for site in free if not looks[site]]
+        away = [(self.clock.now + n * self.devices.seconds(site), site) for site, n in looks.items() if n]
+        heapq.heapify(away)
         at_once = self.devices.job.cohort.size or len(self.devices.rows)
         while len(contributors) < self.strategy.buffer:
+            if away and not waiting and not self._busy:
+                back, site = heapq.heappop(away)
+                self.clock.now = max(self.clock.now, back)
+                waiting.append(site)
             while waiting and len(self._busy) < at_once:
                 site = waiting.pop()
                 heapq.heappush(self._busy, (self.clock.now + self.devices.seconds(site), site, ask))

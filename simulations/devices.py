@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from client.pace import Pace
+from client.pace import Pace, trainings_of
 from server.collect import Failure, Transport
 from strategies.job import Device, Job
-from strategies.messages import Answer, Ask, Reply, Request, Step
+from strategies.messages import Answer, Ask, MalformedMessage, Reply, Request, Step, check_reply
+from strategies.total import Layout
+
+_FOR_EVER = 1e15
 
 
 @dataclass
@@ -37,15 +40,16 @@ class Devices:
     job: Job
     kinds: Mapping[str, str]
     rows: Mapping[str, int]
+    layout: Layout
 
     @classmethod
-    def of(cls, job: Job, rows: Mapping[str, int]) -> Devices | None:
+    def of(cls, job: Job, rows: Mapping[str, int], layout: Layout) -> Devices | None:
         """Share the sites out among the kinds of devices, as evenly as whole sites allow; None without any.
 
-        `rows` are each site's training rows.
+        `rows` are each site's training rows, `layout` is that of what they add.
         """
         kinds = job.simulation.devices
-        return None if kinds is None else cls(job, shared_out(list(rows), kinds, seed=job.seed), rows)
+        return None if kinds is None else cls(job, shared_out(list(rows), kinds, seed=job.seed), rows, layout)
 
     def device(self, site: str) -> Device:
         assert self.job.simulation.devices is not None
@@ -53,21 +57,33 @@ class Devices:
 
     def pace(self, site: str) -> Pace:
         """What the site does in a round: its time, by the virtual clock, is so many steps."""
-        device, pace = self.device(site), Pace.of(self.job, site)
+        device, pace = self.device(site), Pace.of(self.job, site, trainings=self._trainings)
         steps = pace.steps_of(self.job.training.steps_for(self.rows[site]))
         if pace.seconds is not None:
-            steps = min(steps, max(1, math.floor(pace.seconds * device.speed + 1e-9)))
+            steps = min(steps, max(1, math.floor(pace.seconds * device.speed / pace.trainings + 1e-9)))
         return replace(pace, steps=steps, seconds=None, share=min(pace.share, device.trains))
 
     def seconds(self, site: str) -> float:
-        """How long the site trains in a round."""
-        steps = self.pace(site).steps
-        assert steps is not None
-        return steps / self.device(site).speed
+        """How long the site trains in a round, for itself alone too."""
+        pace = self.pace(site)
+        assert pace.steps is not None
+        return pace.trainings * pace.steps / self.device(site).speed
 
-    def is_there(self, site: str, round_number: int) -> bool:
-        chance = np.random.default_rng([self.job.seed, self._numbers[site], round_number, 6]).random()
-        return bool(chance < self.device(site).availability)
+    def is_there(self, site: str, round_number: int, attempt: int = 0) -> bool:
+        """Whether the site is there in a round that failed `attempt` times before."""
+        return self.away(site, round_number, attempt) == 0
+
+    def away(self, site: str, round_number: int, attempt: int = 0) -> int:
+        """How often one would look for the site in vain before it is there."""
+        if (availability := self.device(site).availability) == 1:
+            return 0
+        again = [attempt] if attempt else []
+        chance = np.random.default_rng([self.job.seed, self._numbers[site], round_number, 6, *again]).random()
+        return math.floor(min(math.log1p(-chance) / math.log1p(-availability), _FOR_EVER))
+
+    @cached_property
+    def _trainings(self) -> int:
+        return trainings_of(self.job)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -88,16 +104,22 @@ class DeviceTransport:
     have (`cohort.over`), gives no answer. Answers come in the order of the virtual clock, which this moves.
 
     Whoever was asked has trained, even if nobody waits for it: with `observed` its client does, since its ledger or its
-    memory shows it.
+    memory shows it. `failed` says how often a round failed in runs before this one, which went on from there: who is
+    there is drawn anew for each attempt.
     """
 
     inner: Transport
     devices: Devices
     clock: VirtualClock
     observed: bool
+    failed: Mapping[int, int] = field(default_factory=dict)
 
     def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
-        there = {s: request for s, request in requests.items() if self.devices.is_there(s, request.round_number)}
+        there = {
+            site: request
+            for site, request in requests.items()
+            if self.devices.is_there(site, request.round_number, self.failed.get(request.round_number, 0))
+        }
         for site in sorted(requests.keys() - there.keys()):
             yield site, Failure(site, "not there", silent=True)
         training = {site: self.devices.seconds(site) for site, request in there.items() if _trains(request)}
@@ -112,7 +134,7 @@ class DeviceTransport:
                 why, seconds = f"late: it trains for {seconds:.4g} s", cohort.deadline_s or 0.0
             if why is None:
                 for _, answer in self.inner.exchange({site: request}):
-                    answered += isinstance(answer, Reply)
+                    answered += self._counts(answer, request, site)
                     self.clock.reach(request.round_number, seconds)
                     yield site, answer
                 continue
@@ -122,6 +144,16 @@ class DeviceTransport:
                 for _ in self.inner.exchange({site: request}):
                     pass
             yield site, Failure(site, why, silent=True)
+
+    def _counts(self, answer: Answer | Failure, request: Request, site: str) -> bool:
+        """Whether the collector will add this answer: one that it refuses makes up for nobody."""
+        if not isinstance(answer, Reply) or not isinstance(request, Ask):
+            return False
+        try:
+            check_reply(answer, ask=request, site=site, layout=self.devices.layout)
+        except MalformedMessage:
+            return False
+        return True
 
 
 def _trains(request: Request) -> bool:

@@ -12,7 +12,7 @@ from server.checkpoint import load_checkpoint
 from simulations.run_folder import RunFolder
 from strategies.catalogue import strategy_for
 from strategies.job import Job
-from strategies.parameters import Parameters, Vector
+from strategies.parameters import Parameters, Vector, vector_hash
 from strategies.protocol import Strategy
 from strategies.total import Layout, layout_for
 
@@ -28,7 +28,14 @@ def evaluated_models(job: Job) -> Callable[[str], Vector]:
     trained = folder.job
     if trained.hash != choice.of:
         raise JobError(f"evaluation.run: {folder.path} is another job's, {trained.hash[:12]}, not {choice.of[:12]}")
+    stratify = trained.data.stratify if trained.data.stratify is not None else trained.privacy.record is None
+    where = dict.fromkeys(("bundled", "folder", "path", "files", "client", "stratify"))
+    read = [data.model_copy(update=where) for data in (job.data, trained.data)]
+    if read[0] != read[1] or job.data.stratify != stratify or job.task != trained.task:
+        raise JobError(f"job {job.name}: data and task are not those of {folder.path}, whose model it evaluates")
     parameters, shared = Parameters.load(folder.model)
+    if vector_hash(shared) != choice.model_hash:
+        raise JobError(f"evaluation.model_hash: the model of {folder.path} is another")
     if choice.model == "shared":
         return lambda _name: shared
     strategy = strategy_for(trained)

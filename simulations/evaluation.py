@@ -73,10 +73,12 @@ def _known(figures: Mapping[str, float | None]) -> dict[str, float]:
 def _worst(sites: Mapping[str, Mapping[str, Any]]) -> str:
     """The site of the worst headline, or else of the largest loss; of equal ones the largest."""
     metric = headline({name: 1 for site in sites.values() for name, value in site.items() if value is not None})
+    known = any(site.get(metric.name) is not None for site in sites.values())
 
     def badness(name: str) -> tuple[float, int]:
         figure, loss = sites[name].get(metric.name), sites[name].get("loss")
-        bad = -metric.gain(figure, 0.0) if figure is not None else loss if loss is not None else -math.inf
-        return bad, sites[name]["rows"]
+        if known:
+            return (-math.inf if figure is None else -metric.gain(figure, 0.0)), sites[name]["rows"]
+        return (-math.inf if loss is None else loss), sites[name]["rows"]
 
     return max(sites, key=badness)

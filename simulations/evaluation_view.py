@@ -88,6 +88,8 @@ def _footing(said: Mapping[str, Any]) -> str:
     lines = [f"{rows} test rows of {sites} sites; {mean}; model of job {said['of'][:12]}"]
     for unit, epsilon in said.get("epsilon", {}).items():
         lines.append(f"{unit}-level epsilon spent: {shown.upward(epsilon)}; ± is the standard error from the noise")
+    if not said.get("epsilon"):
+        lines.append("the sums are exact: nothing bounds what they tell about one row (privacy.record would)")
     if said["groups"] and said.get("smallest") is not None:
         lines.append(f"a site leaves out groups of fewer than {said['smallest']} of its rows")
     lines.append('what a figure lies "between" is what the public cells leave open; other test rows would move it too')

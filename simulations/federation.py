@@ -98,7 +98,7 @@ class Federation:
             layout = layout_for(job, parameters.size, strategy.traits)
             most = max(len(own.train) for own in data.values())
             secure = SecureSum.make(job, sites=len(data), layout=layout, layers=parameters.sizes, most_rows=most)
-        check_sites(job, list(data))
+        check_sites(job, list(data), strategy)
         check_robust(job, sites=len(data), layout=layout_for(job, trainer.parameters.size, strategy.traits))
         return cls(job, data, task, trainer, strategy, secure)
 
@@ -152,7 +152,7 @@ class Federation:
     @cached_property
     def devices(self) -> Devices | None:
         """What each site is, where the job puts the rounds on a virtual clock."""
-        return Devices.of(self.job, {name: len(own.train) for name, own in self.data.items()})
+        return Devices.of(self.job, {name: len(own.train) for name, own in self.data.items()}, self.layout)
 
     @cached_property
     def layout(self) -> Layout:

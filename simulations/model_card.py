@@ -11,6 +11,7 @@ from simulations.secure_sums import who_may_lie, who_saw_what
 from strategies import evaluation
 from strategies.job import Job
 from strategies.job_privacy import ClientPrivacy, RecordPrivacy
+from strategies.measured import measures
 from strategies.parameters import Parameters
 from strategies.statistics import TASK, blocks_of
 
@@ -20,6 +21,8 @@ def model_card(job: Job, summary: Mapping[str, Any], parameters: Parameters) -> 
     shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, shape))} |" for name, shape in parameters.shapes.items())
     figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items())
     features = ", ".join(f"`{name}`" for name in _inputs(job))
+    if (what := measures(job)) is not None:
+        return _measured(job, summary, what, features)
     return f"""# {job.name}
 
 A federated `{job.task.name}` model ({job.task.model}), trained by {job.strategy.name} over {summary["rounds"]} rounds
@@ -57,6 +60,26 @@ A demonstration of federated training on the named data, not a medical or financ
 examined for bias between groups of people. What it reveals about groups is not limited by differential privacy, which
 limits what it reveals about any one record.
 """
+
+
+def _measured(job: Job, summary: Mapping[str, Any], what: str, blocks: str) -> str:
+    """Of a run that measured: its model is a vector of figures, and predicts nothing."""
+    command = {"statistics": "statistics", "evaluation": "evaluate"}[what]
+    rows = "the training rows of the job's split" if what == "statistics" else "the test rows of the evaluated job"
+    return f"""# {job.name}
+
+Not a model that predicts: the mean of a public function of {rows} at {len(summary["sites"])} simulated sites ({what}).
+`fedchorus {command} RUN` reads it. Job `{summary["job_hash"]}`. Blocks: {blocks}.
+
+## Privacy statement
+
+{_privacy(job, summary)}
+
+The records meant are {rows}.{_ELSEWHERE if what == "evaluation" else ""}
+"""
+
+
+_ELSEWHERE = " Nothing here bounds what the evaluated model tells about the rows that it was trained on."
 
 
 def _inputs(job: Job) -> list[str]:
@@ -136,12 +159,13 @@ def _sentence(told: str) -> str:
 
 
 def _records(record: RecordPrivacy, summary: Mapping[str, Any]) -> str:
+    row = "test row" if summary.get("measures") == "evaluation" else "training row"
     rows = "\n".join(
         f"| {name} | {site['epsilon']:.4f} | {site['epsilon_rdp']:.4f} | {site['noise_multiplier']:.4g} "
         f"| {site['sampling_rate']:.4g} | {site['steps'] or 0} |"
         for name, site in summary["sites"].items()
     )
-    return f"""Record-level (epsilon, delta)-differential privacy at every site, for the site's training rows, under
+    return f"""Record-level (epsilon, delta)-differential privacy at every site, for the site's {row}s, under
 add/remove-one of a record (the row counts themselves are public: the record that is taken out leaves an empty one).
 Clip norm {record.clip_norm:g}, delta {record.delta:g}, DP-SGD with Poisson batches and integer noise; epsilon by
 privacy loss distributions (PLD), with Rényi DP as the cross-check. `fedchorus audit` recomputes both.

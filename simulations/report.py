@@ -206,7 +206,8 @@ def _spending(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], p
         parts.append(page.notice("Noise was seeded: a simulation, no protection.", told))
     if not privacy.absent:
         noise = {"os": "secret, from the operating system", "seeded-simulation": "seeded: no protection"}
-        units = {"one record (a training row)": privacy.largest, "one site": privacy.whole_site}
+        row = "test row" if summary.get("measures") == "evaluation" else "training row"
+        units = {f"one record (a {row})": privacy.largest, "one site": privacy.whole_site}
         facts = {
             "Largest ε at a site": None if privacy.largest is None else shown.upward(privacy.largest),
             "δ": None if privacy.delta is None else shown.upward(privacy.delta),
@@ -437,15 +438,15 @@ def _rounds_table(rounds: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
-    says = []
+    says, row = [], "test row" if summary.get("measures") == "evaluation" else "training row"
     if privacy.absent:
         what = "sums of updates tell about a site's rows" if privacy.secure else "a site's updates tell about its rows"
         says.append(f"Nothing: no noise was added, so no bound holds on what {what}.")
     if privacy.largest is not None:
         factor = f", a factor of {shown.upward(math.exp(privacy.largest))}" if privacy.largest < 12 else ""
         says.append(
-            f"The unit is one record (a training row); the adjacency is “{privacy.adjacency}”. Whatever anyone may "
-            "conclude from all that a site sent in this run, one such change of its training rows makes that at most "
+            f"The unit is one record (a {row}); the adjacency is “{privacy.adjacency}”. Whatever anyone may "
+            f"conclude from all that a site sent in this run, one such change of its {row}s makes that at most "
             f"e^ε times as likely, plus δ. The largest spending of a site is ε = {shown.upward(privacy.largest)}"
             f"{factor}, at δ ≤ {shown.upward(privacy.delta)}."
         )
@@ -467,6 +468,11 @@ def _guarantee(summary: Mapping[str, Any], privacy: _Privacy) -> Markup:
     if privacy.seeded:
         says.append("As the noise was seeded, this holds for the same run with secret noise, and not for this one.")
     not_said = (
+        "The model that was evaluated was trained elsewhere: nothing here bounds what it tells about the rows that it "
+        "was trained on. "
+        if summary.get("measures") == "evaluation"
+        else ""
+    ) + (
         "A person with several rows is protected less than one row is; a site as a whole is not protected by a "
         "record-level bound, and facts that hold for a whole population are by none. Row counts of sites are public. "
         "The figures of models on this page are the researcher's view of a simulation: computed on test rows, "

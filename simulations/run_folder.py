@@ -5,6 +5,7 @@ roster.json         the sites' public keys           plans.json   each site's ro
 participants.json   the signed roster of those whose updates are summed securely
 ledgers/SITE.jsonl  what each site released          heads.jsonl  the ledgers' heads after each round
 server.jsonl        what the server released, where it adds the noise
+failed.jsonl        rounds that failed before they were run again, on a virtual clock
 metrics.jsonl       one line a round                 summary.json the claims; written last: without it, unfinished
 initial.safetensors, model.safetensors, MODEL_CARD.md, report.html
 private/SITE/       the site's identity key and outbox: in deployment this lies at the site alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -45,7 +46,7 @@ from strategies.measured import measures
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState
 from strategies.secure import groups_of
-from strategies.total import Layout
+from strategies.total import Layout, training_loss
 
 MANY_PLANS = 8  # With more kinds of plan than this, a round's epsilon is computed for the costliest sites alone.
 
@@ -288,7 +289,13 @@ class _Run:
             timeout_s = self.job.cohort.deadline_s or TIMEOUT_S
             run_on_flower(self.folder.path, len(self.federation.names), drive_flower, timeout_s=timeout_s)
         else:
-            drive(self._on_the_clock(self._inline(roster)))
+            try:
+                drive(self._on_the_clock(self._inline(roster)))
+            except RunError:
+                # A device's absence is drawn by the seed: going on from here, it is drawn anew.
+                if self.federation.devices is not None:
+                    self.folder.append("failed.jsonl", {"round": len(self.folder.lines("metrics.jsonl")) + 1})
+                raise
         return finished[0]
 
     def _inline(self, roster: Roster | None) -> InlineTransport:
@@ -302,7 +309,8 @@ class _Run:
         lines = self.folder.lines("metrics.jsonl")
         self._clock.now = float(lines[-1]["virtual_seconds"]) if lines else 0.0
         observed = bool(self.job.privacy.at_sites) or self.federation.strategy.traits.remembers
-        return DeviceTransport(transport, devices, self._clock, observed)
+        failed = Counter(line["round"] for line in self.folder.lines("failed.jsonl"))
+        return DeviceTransport(transport, devices, self._clock, observed, failed)
 
     def _roster(self) -> Roster | None:
         if self.federation.secure is None:
@@ -346,11 +354,10 @@ class _Run:
 
     def _record(self, result: RoundResult) -> None:
         collected = result.collected
-        training = collected.total.metrics if not (self.job.privacy.record or self.job.privacy.client) else {}
         line = {
             "round": result.round_number,
             **result.evaluation,
-            "training_loss": training["loss"] / training["examples"] if training else None,
+            "training_loss": training_loss(collected.total.metrics),
             "epsilon": self._epsilons(),
             "epsilon_client": self._client_epsilon(),
             "contributors": list(collected.contributors),

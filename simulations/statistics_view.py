@@ -48,16 +48,18 @@ def _numbers(columns: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _categories(columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table("category", MISSING, "shares of the rows that have a value", UNDECLARED, "se", box=box.SIMPLE_HEAD)
+    table = Table("category", MISSING, "shares of the rows that have a value", UNDECLARED, box=box.SIMPLE_HEAD)
     for name, own in columns.items():
-        shares = ", ".join(f"{value}: {shown.share(share)}" for value, share in own.get("shares", {}).items())
         errors = own["se"]
+        wide = errors.get("shares", {})
+        shares = ", ".join(
+            f"{value}: {_share(share, wide.get(value))}" for value, share in own.get("shares", {}).items()
+        )
         table.add_row(
             name,
             _share(own.get(MISSING), errors.get(MISSING)),
             shares or "-",
-            _share(own.get(UNDECLARED), None),
-            shown.share(errors.get("share")) if errors.get("share") else "-",
+            _share(own.get(UNDECLARED), errors.get(UNDECLARED)),
         )
     return table
 

@@ -15,7 +15,7 @@ from strategies.composition import check_composition
 from strategies.explain import one_line
 from strategies.job import Job, StrategyChoice
 from strategies.partial import PartialAverage, shares_of
-from strategies.protocol import Strategy
+from strategies.protocol import Strategy, Traits
 
 STRATEGIES: Mapping[str, str] = {
     "fedavg": "strategies.fedavg:FedAvg",
@@ -87,7 +87,12 @@ def strategy_for(job: Job) -> Strategy:
     """
     kind = resolve(job.strategy.name, STRATEGIES, key="strategy.name")
     strategy: Strategy = build(kind, METHODS, key="strategy.name", **_settings(kind, job.strategy))
-    check_composition(job, strategy.traits)
+    if not isinstance(getattr(strategy, "traits", None), Traits):
+        raise JobError(
+            f"strategy.name: {job.strategy.name} has no `traits`, a strategies.protocol:Traits that says what it needs "
+            "(docs/extending.md)"
+        )
+    check_composition(job, strategy)
     shares = shares_of(job)
     return PartialAverage(strategy, shares) if shares else strategy
 

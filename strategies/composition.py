@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from privacy.errors import JobError
+from strategies.fedbuff import FedBuff
 from strategies.job import Job, check_job
 from strategies.partial import shares_of
-from strategies.protocol import Traits
+from strategies.protocol import Strategy, Traits
 from strategies.robust import why_too_few
 
 
-def check_composition(job: Job, traits: Traits) -> None:
+def check_composition(job: Job, strategy: Strategy) -> None:
     """Raise `JobError` for a job whose strategy cannot work with the rest of it."""
-    if why := refusal(job, traits):
+    if why := _buffer_refusal(job, strategy) or refusal(job, strategy.traits):
         raise JobError(why)
 
 
@@ -50,8 +51,9 @@ def refusal(job: Job, traits: Traits) -> str | None:
     return _edge_refusal(job, traits) or _asynchronous_refusal(job, traits) or _robust_refusal(job, traits)
 
 
-def check_sites(job: Job, sites: Sequence[str]) -> None:
-    """Raise `JobError` where the job names a site that is none of `sites`, or a region leaves one out."""
+def check_sites(job: Job, sites: Sequence[str], strategy: Strategy | None = None) -> None:
+    """Raise `JobError` where the job names a site that is none of `sites`, a region leaves one out, or a buffer of
+    `strategy` takes more than there are."""
     training, regions = job.training, job.regions or {}
     named: dict[str, Iterable[str]] = {"training.work": training.work or (), "training.weak": training.weak or ()}
     named |= {f"regions.{region}": members for region, members in regions.items()}
@@ -67,6 +69,11 @@ def check_sites(job: Job, sites: Sequence[str]) -> None:
         raise JobError(
             f"cohort.over: a cohort.size of {size} is everyone in a federation of {len(sites)}; lower it, or leave "
             "cohort.over out"
+        )
+    if isinstance(strategy, FedBuff) and strategy.buffer > len(sites):
+        raise JobError(
+            f"strategy.buffer: a step takes {strategy.buffer} contributions, each of another site, and the federation "
+            f"has {len(sites)}; lower it to {len(sites)} or less"
         )
 
 
@@ -109,6 +116,8 @@ def _edge_refusal(job: Job, traits: Traits) -> str | None:
             why = "regions", "each region sums all of its own"
         elif job.simulation.devices is None:
             why = "no [simulation.devices]", "who answers first goes by their virtual clock; a deployment has none"
+        elif traits.in_step:
+            why = f'strategy.name = "{said}"', "what its sites remember has to match what the server added up"
         if why is not None:
             return f"cohort.over with {why[0]}: {why[1]}; leave cohort.over out, and set cohort.deadline_s if need be"
     return _regions_refusal(job) if job.regions else None
@@ -173,6 +182,22 @@ def _asynchronous_refusal(job: Job, traits: Traits) -> str | None:
     return None
 
 
+def _buffer_refusal(job: Job, strategy: Strategy) -> str | None:
+    """Why a strategy without rounds cannot be run as it says."""
+    said, least = f'strategy.name = "{job.strategy.name}"', job.cohort.minimum
+    if strategy.traits.asynchronous and not isinstance(strategy, FedBuff):
+        return (
+            f"{said}: its traits say asynchronous, but only a strategies.fedbuff:FedBuff, or what is derived from it, "
+            "runs without rounds; derive it from that, or leave asynchronous out of its traits"
+        )
+    if isinstance(strategy, FedBuff) and least is not None and least > strategy.buffer:
+        return (
+            f"{said} with cohort.minimum = {least}: a step is taken on strategy.buffer = {strategy.buffer} "
+            f"contributions, so that {least} never come; set strategy.buffer = {least} or more, or lower cohort.minimum"
+        )
+    return None
+
+
 def _robust_refusal(job: Job, traits: Traits) -> str | None:
     """Why what is to bear sites that lie cannot, in `job`."""
     robust, secure = job.robust, job.secure_aggregation
@@ -187,7 +212,13 @@ def _robust_refusal(job: Job, traits: Traits) -> str | None:
     if traits.scalars or traits.own_weights:
         return (
             f'{said} with strategy.name = "{job.strategy.name}": the step depends on numbers that a site sends beside '
-            'its update, in which it could still lie; take "fedavg", "fedadam" or "scaffold", or leave [robust] out'
+            'its update, in which it could still lie; take "fedavg", "fedadam" or "fedprox", or leave [robust] out'
+        )
+    if traits.in_step:
+        return (
+            f'{said} with strategy.name = "{job.strategy.name}": what its sites remember has to match what the server '
+            'added up, and a robust reduction adds up something else; take "fedavg", "fedadam" or "fedprox", or leave '
+            "[robust] out"
         )
     if job.privacy.central is not None and robust.reduce != "sum":
         return (

@@ -9,7 +9,7 @@ of what the model makes of a row, in public cells:
 | classes, characters  | confusion   | 1 in the row's class and the class predicted; of more than 32 classes none |
 |                      | confidence  | 1 in wrong or right, and the cell of the largest probability               |
 | a number             | errors      | 1 in the cell of the absolute error; `MOMENTS` of the error e, the target  |
-|                      |             | y and its place u in [-1, 1], on the target's range                        |
+|                      |             | y and its place u in [-1, 1], on its range; 1 where one is beyond it       |
 | a time               | pairs       | 1 in the cells of time, event or censoring, and risk                       |
 | all but a time       | loss        | the loss, up to `largest_loss`                                             |
 
@@ -32,6 +32,7 @@ from privacy.errors import JobError, RunError
 from strategies.job import Job, stored_job
 from strategies.job_data import Data
 from strategies.measured import check_exact, finished, read_json
+from strategies.parameters import Parameters, vector_hash
 from strategies.statistics import class_names, quantile
 
 Kind = Literal["binary", "classes", "number", "time"]
@@ -39,13 +40,15 @@ Figures = dict[str, float]
 Array = NDArray[np.float64]
 
 MOST_CLASSES = 32  # Of more the confusion of each with each is not counted.
-MOMENTS = ("|e|", "e^2", "u", "u^2", "|y|")
+MOMENTS = ("|e|", "e^2", "u", "u^2", "|y|", "outside")
 SITE_FIGURES: Mapping[Kind, tuple[str, ...]] = {
     "binary": ("accuracy", "auc"),
     "classes": ("accuracy",),
     "number": ("mae",),
     "time": ("c_index",),
 }
+QUANTILES = {"median_error": 0.5, "error_90": 0.9}
+_FLOAT32 = 4e-6  # Of sums of many float32 numbers: how far they may be off.
 VERSION = 1
 WHOLE = ""  # As a group: all rows.
 TENTHS = 10  # Cells in which calibration is shown.
@@ -169,6 +172,18 @@ def check_evaluation(job: Job) -> None:
             "evaluation.groups with data.forecast: a row is made of several periods, and belongs to no group; leave "
             "groups out"
         )
+    if (
+        job.privacy.record is not None
+        and job.data.stratify
+        and job.data.held_out is None
+        and kind in ("binary", "classes")
+    ):
+        raise ValueError(
+            "privacy.record with data.stratify: the label of one row would decide which others are tested, which no "
+            "noise for one row covers; train the model with data.stratify = false, or take privacy.client"
+        )
+    if job.data.stratify is None:
+        raise ValueError("evaluation: data.stratify says which rows are for testing: give evaluation.run, or both")
     if job.privacy.record is not None and choice.sites is not None:
         raise ValueError(
             "evaluation.sites with privacy.record: a site's figure depends on all of its rows together, which no noise "
@@ -199,10 +214,17 @@ def with_evaluated(raw: Mapping[str, Any], *, beside: Path, where: str) -> dict[
         raise JobError(f"{where}: evaluation.run: {run} trained no model: it is itself a measurement")
     if not (run / "model.safetensors").is_file():
         raise JobError(f"{where}: evaluation.run: {run} is not finished; `fedchorus resume` it")
+    try:
+        model_hash = vector_hash(Parameters.load(run / "model.safetensors")[1])
+    except RunError as error:
+        raise JobError(f"{where}: evaluation.run: {error}") from None
     _check_own(choice, trained, where=where)
-    own = raw.get("data") or {}
+    own, simulation = raw.get("data") or {}, raw.get("simulation") or {}
+    for key, table in (("data", own), ("simulation", simulation)):
+        if not isinstance(table, dict):
+            raise JobError(f"{where}: {key}: should be a table, got {table!r}")
     sources = {"bundled", "folder", "path", "files", "client"}
-    if strange := sorted(set(own) - sources) if isinstance(own, dict) else ["data"]:
+    if strange := sorted(set(own) - sources):
         raise JobError(
             f"{where}: data.{strange[0]}: an evaluation reads rows as the model's job did; only where they are may "
             f"differ: {', '.join(sorted(sources))}"
@@ -216,9 +238,11 @@ def with_evaluated(raw: Mapping[str, Any], *, beside: Path, where: str) -> dict[
         data.pop(key, None)
     if "files" in own:
         data.pop("client", None)
-    if "folder" in own:
-        own = {**own, "folder": str((beside / own["folder"]).resolve())}
-    simulation = dict(raw.get("simulation") or {})
+    if own:  # As in any job, its paths start beside its own file.
+        if not isinstance(own.get("folder", "."), str):
+            raise JobError(f"{where}: data.folder: should be text, got {own['folder']!r}")
+        own = {**own, "folder": str((beside / own.get("folder", ".")).resolve())}
+    simulation = dict(simulation)
     if trained.simulation.partition is not None and "client" not in own and "files" not in own:
         simulation.setdefault("partition", trained.simulation.partition.model_dump(exclude_none=True, mode="json"))
     return {
@@ -227,7 +251,7 @@ def with_evaluated(raw: Mapping[str, Any], *, beside: Path, where: str) -> dict[
         **raw,
         "data": {**data, **own},
         "task": trained.task.model_dump(exclude_none=True, mode="json"),
-        "evaluation": {**choice, "run": str(run.resolve()), "of": trained.hash},
+        "evaluation": {"model_hash": model_hash, **choice, "run": str(run.resolve()), "of": trained.hash},
         **({"simulation": simulation} if simulation else {}),
     }
 
@@ -253,7 +277,8 @@ def read_evaluation(run: Path) -> dict[str, Any]:
     """
     if run.is_file():
         said = read_json(run)
-        if said.get("v") != VERSION or not isinstance(said.get("figures"), dict):
+        whole = said.get("v") == VERSION and said.get("model") in ("shared", "own") and isinstance(said.get("of"), str)
+        if not whole or not all(isinstance(said.get(key), dict) for key in ("figures", "groups")):
             raise RunError(f"{run}: not what `fedchorus evaluate --json` writes (version {VERSION})")
         return said
     found = finished(run, what="an evaluation", ours=lambda job: job.evaluation is not None)
@@ -282,18 +307,19 @@ def summarise(job: Job, weights: Array, *, noise: float | None) -> dict[str, Any
     figures = told.figures(whole)
     total = told.count(whole)
     if "loss" in whole and total is not None:
-        value, wide = choice.largest_loss * float(whole["loss"][0]) / total, None
-        if error is not None:
-            wide = choice.largest_loss * error / total
+        share, wide = float(whole["loss"][0]) / total, None
+        if error is not None:  # Of the loss's own sum, and of the cells that count the rows.
+            wide = choice.largest_loss * error / total * math.sqrt(1 + told.cells(whole) * share**2)
+        value = choice.largest_loss * share
         figures["loss"] = _figure(value, se=wide)
     groups: dict[str, dict[str, Any]] = {}
     for column, group in (choice.groups or {}).items():
         for place, name in enumerate(group.names):
             own = parts[column, place]
-            share = told.count(own)
-            of_group = {"share": 0.0, "figures": {}}
-            if share is not None and total is not None:
-                of_group = {"share": min(1.0, share / total), "figures": told.figures(own)}
+            rows = told.count(own)
+            of_group: dict[str, Any] = {"share": 0.0, "figures": {}}
+            if rows is not None and total is not None:
+                of_group = {"share": min(1.0, rows / total), "figures": told.figures(own)}
             groups.setdefault(column, {})[name] = of_group
     said: dict[str, Any] = {
         "v": VERSION,
@@ -398,24 +424,39 @@ def error_figures(counts: Array, low: float, high: float) -> tuple[Figures, Figu
     """From (B,) counts of rows by the cell of their absolute error over the range's width, then the sums of `MOMENTS`;
     in the target's unit.
 
-    Quantiles of the error are known to a cell. All else is exact, but for errors above the range's width, which count
-    as that.
+    Quantiles of the error (the smallest that so many rows do not exceed) are known to a cell, R2 to what float32 sums
+    leave of its denominator. All else is exact for rows within the range; `outside` is the share of the others, of
+    which an error counts as the width and a target as the end.
     """
-    cells, (absolute, squared, u, u_squared, magnitude) = counts[: -len(MOMENTS)], counts[-len(MOMENTS) :].tolist()
+    cells, (absolute, squared, u, u_squared, magnitude, outside) = counts[: -len(MOMENTS)], counts[-len(MOMENTS) :]
     rows, width, largest = float(cells.sum()), high - low, max(abs(low), abs(high))
-    spread = (width / 2) ** 2 * (u_squared - _ratio(u * u, rows))
+    spread, fuzzy = u_squared - _ratio(u * u, rows), _FLOAT32 * max(u_squared, _ratio(u * u, rows))
+    wrong = 4 * squared
     value = {
         "rmse": width * math.sqrt(max(0.0, squared / rows)) if rows > 0 else math.nan,
         "mae": _ratio(width * absolute, rows),
         "wape": _ratio(width * absolute, largest * magnitude),
-        "r2": 1 - _ratio(width**2 * squared, spread),
+        "r2": 1 - _ratio(wrong, spread) if spread > 2 * fuzzy else math.nan,
+        "outside": _ratio(outside, rows),
     }
     below, above = dict(value), dict(value)
-    for name, share in (("median_error", 0.5), ("error_90", 0.9)):
-        place = min(int(np.searchsorted(np.cumsum(cells), share * rows)), len(cells) - 1) if rows > 0 else math.nan
-        below[name], above[name] = place * width / len(cells), (place + 1) * width / len(cells)
+    below["r2"], above["r2"] = 1 - _ratio(wrong, spread - fuzzy), 1 - _ratio(wrong, spread + fuzzy)
+    for name, share in QUANTILES.items():
+        first, last = _places(cells, share)
+        below[name], above[name] = first * width / len(cells), (last + 1) * width / len(cells)
         value[name] = (below[name] + above[name]) / 2
     return value, below, above
+
+
+def _places(cells: Array, share: float) -> tuple[float, float]:
+    """Between which cells a quantile lies, rounding of the counts considered; NaN of no rows."""
+    rows = float(cells.sum())
+    if not rows > 0:
+        return math.nan, math.nan
+    reached = np.cumsum(cells)
+    ends = (share * rows * (1 - _FLOAT32), share * rows * (1 + _FLOAT32))
+    first, last = (min(int(np.searchsorted(reached, end)), len(cells) - 1) for end in ends)
+    return first, last
 
 
 def pair_figures(cells: Array) -> tuple[Figures, Figures, Figures]:
@@ -447,11 +488,17 @@ class _Reader:
 
     def count(self, parts: Mapping[str, Array]) -> float | None:
         """What the cells that hold each row once add up to; None where noise or nothing is all there is."""
-        kinds = ("scores", "confusion", "confidence", "errors", "pairs")
-        name = next(name for name in kinds if name in parts)
-        cells = parts[name][: -len(MOMENTS)] if name == "errors" else parts[name]
+        cells = self._counting(parts)
         total = float(cells.sum())
         return total if total > max(3 * math.sqrt(len(cells)) * (self._error or 0.0), 1e-9) else None
+
+    def cells(self, parts: Mapping[str, Array]) -> int:
+        """How many cells `count` adds up."""
+        return len(self._counting(parts))
+
+    def _counting(self, parts: Mapping[str, Array]) -> Array:
+        name = next(n for n in ("scores", "confusion", "confidence", "errors", "pairs") if n in parts)
+        return parts[name][: -len(MOMENTS)] if name == "errors" else parts[name]
 
     def figures(self, parts: Mapping[str, Array]) -> dict[str, Any]:
         rows = self.count(parts)
@@ -464,6 +511,24 @@ class _Reader:
             value, low, high = read(counts)
             errors = self._errors(read, counts, rows)
             found |= {key: _figure(value[key], low[key], high[key], errors.get(key)) for key in value}
+            if self._error != 0:
+                # Noise adds to a sum of absolute differences: what it says would be too much.
+                found |= {key: None for key in found if key == "calibration_error"}
+                if name == "errors":
+                    found |= self._quantiles(counts[: -len(MOMENTS)], rows)
+        return found
+
+    def _quantiles(self, cells: Array, rows: float) -> dict[str, Any]:
+        """Quantiles of the error under noise."""
+        low, high = range_of(self._job)
+        noise, padded = (
+            None if self._error is None else self._error / rows,
+            np.concatenate([[0.0], cells / rows, [0.0]]),
+        )
+        width, found = (high - low) / len(cells), {}
+        for name, share in QUANTILES.items():
+            value, wide = quantile(padded, share, noise, 0.0, high - low)
+            found[name] = _figure(value, max(0.0, value - width), min(high - low, value + width), wide)
         return found
 
     def _errors(
@@ -495,16 +560,22 @@ class _Reader:
         spread = math.sqrt(len(cells)) * (self._error or 0.0)
         total, known = float(cells.sum()), float(cells[:-1].sum())
         if not total > max(3 * spread, 1e-12) or not known > max(3 * spread, 1e-12):
-            return {"undefined": 1.0 if total > max(3 * spread, 1e-12) else None}
+            nobody = self._error == 0 and total > 1e-12
+            return {"undefined": 1.0 if nobody else None}
         width, shares = top / (len(cells) - 1), cells[:-1] / known
         noise = None if self._error is None else self._error / known
         padded = np.concatenate([[0.0], shares, [0.0]])
-        said: dict[str, Any] = {"cell": width, "undefined": max(0.0, float(cells[-1]) / total)}
+        said: dict[str, Any] = {"cell": width, "undefined": _clipped(float(cells[-1]) / total)}
         said["shares"] = [float(share) for share in shares]
         quantiles = {"lowest_tenth": 0.1, "median": 0.5, "highest_tenth": 0.9}
         for key, share in quantiles.items():
             value, se = quantile(padded, share, noise, 0.0, top)
-            said[key] = _figure(value, max(0.0, value - width), min(top, value + width), se)
+            ends = max(0.0, value - width), min(top, value + width)
+            if self._error == 0:
+                first, last = _places(shares, share)
+                ends = first * width, (last + 1) * width
+                value = min(max(value, ends[0]), ends[1])
+            said[key] = _figure(value, *ends, se)
         if self._error == 0:
             order = np.arange(len(shares)) if name != "mae" else np.arange(len(shares))[::-1]
             worst = int(next(place for place in order if shares[place] > 1e-9))

@@ -26,7 +26,7 @@ class FedDyn(FedAvg):
 
     @property
     def traits(self) -> Traits:
-        return Traits(kept={"gradient": "vector"}, equal_weights=True)
+        return Traits(kept={"gradient": "vector"}, equal_weights=True, in_step=True)
 
     def start(self, model: Vector, *, sites: int) -> ServerState:
         return ServerState(model, memory={"shift": np.zeros(len(model)), "sites": np.array([float(sites)])})
@@ -34,6 +34,7 @@ class FedDyn(FedAvg):
     def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
         gradient = local.memory.get("gradient", np.zeros_like(received))
         write_update(received, local.fit(received, pull=self.alpha, drift=-gradient), 1.0, out)
+        local.bound(out)
         local.memory["gradient"] = gradient - np.float32(self.alpha) * out
         return Added(1.0)
 

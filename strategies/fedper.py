@@ -79,13 +79,18 @@ class FedPerAdam(FedPer, FedAdam):
 
 @dataclass(frozen=True, kw_only=True)
 class FedRep(FedPer):
-    """FedPer whose sites train in turn: what stays, for `own_share` of the round's steps, then what is shared."""
+    """FedPer whose sites train in turn: what stays, for `own_share` of the round's steps, then what is shared.
+
+    Each part gets one step at least; a site of one step takes it with both parts at once.
+    """
 
     own_share: Share = 0.5
 
     def fit_parts(self, start: Vector, own: NDArray[np.bool_], local: Local) -> Vector:
         whole = local.steps
-        first = round(self.own_share * whole)
+        if whole < 2:
+            return local.fit(start)
+        first = min(max(1, round(self.own_share * whole)), whole - 1)
         trained = local.fit(start, frozen=~own, steps=first).copy()
         return local.fit(trained, frozen=own, steps=whole - first)
 

@@ -6,13 +6,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from strategies.fedavg import FedAvg, write_update
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import Added, Local, ServerState, Traits
-from strategies.sections import Count, Positive
+from strategies.sections import Positive
 from strategies.total import Total
 
 
@@ -25,7 +27,7 @@ class Ifca(FedAvg):
     run is their mean; each site's own is its cluster's.
     """
 
-    clusters: Count = 2
+    clusters: Annotated[int, Field(gt=0, le=64)] = 2  # Each is one more model in every message.
     spread: Positive = 0.1
 
     @property

@@ -29,6 +29,7 @@ Setting = bool | int | float | str | list[bool | int | float | str]
 # What makes the model of a job that measures the mean over all records.
 ONE_EXACT_ROUND = {"rounds": 1, "local_steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0}
 
+MOST_STEPS = 1e9  # In a round; nobody has the time for more.
 MOST_TEXT = 2**20  # Characters of a job that comes over the network.
 MOST_DOTS = 64  # In a line of it: a dotted key of n parts takes tomllib n^2 steps.
 
@@ -103,6 +104,12 @@ class Training(Section):
             raise ValueError("give exactly one of local_steps and local_epochs")
         if (self.batch_size is None) == (self.sampling_rate is None):
             raise ValueError("give exactly one of batch_size and sampling_rate")
+        steps = (self.local_epochs or 0) / (self.sampling_rate or 1.0)
+        if self.sampling_rate is not None and steps > MOST_STEPS:
+            raise ValueError(
+                f"local_epochs = {self.local_epochs} with sampling_rate = {self.sampling_rate:g} are {steps:.3g} steps "
+                f"a round, more than {MOST_STEPS:.3g}; raise sampling_rate, or give local_steps"
+            )
         return self
 
     def learning_rate_in(self, round_number: int) -> float:
@@ -210,7 +217,7 @@ class Device(Section):
     the chance `availability`, and trains the share `trains` of the model (`training.weak`)."""
 
     share: Rate
-    speed: Positive = 1.0
+    speed: Annotated[float, Field(ge=1e-6, le=1e12)] = 1.0
     availability: Rate = 1.0
     trains: Rate = 1.0
 

@@ -32,7 +32,7 @@ class Column(Section):
     shape: list[Count] | None = None
     count: Count | None = None
     mean: Bound | None = None
-    sd: Positive | None = None
+    sd: Annotated[float, Field(gt=0, le=1e300)] | None = None
     fill: str | int | float | None = None
 
     @model_validator(mode="after")

@@ -85,18 +85,19 @@ class Group(Section):
 class Evaluation(Section):
     """Measure the finished model of another job on every site's test rows, as one sum (docs/evaluation.md).
 
-    `run` is that job's folder, from which a job file takes `of`, `data` and `task`; `of` is its hash, by which the
-    sites know it. `model` is the shared one, or each site's `own` that a personal strategy left there. Scores are
-    counted in `bins` equal cells, times of survival in the cells that end at `times`, and losses up to `largest_loss`.
-    `groups` are measured each by itself: a site leaves out one of fewer than `smallest` of its test rows, and then the
-    next smallest until those left out are as many. With `sites` each site also counts itself into one of so many cells
-    of its own figures.
+    `run` is that job's folder, from which a job file takes `of`, `model_hash`, `data` and `task`; `of` is its hash, by
+    which the sites know it, and `model_hash` that of its shared model, which they hold theirs to. `model` is the shared
+    one, or each site's `own` that a personal strategy left there. Scores are counted in `bins` equal cells, times of
+    survival in the cells that end at `times`, and losses up to `largest_loss`. `groups` are measured each by itself: a
+    site leaves out one of fewer than `smallest` of its test rows, and then the next smallest until those left out are
+    as many. With `sites` each site also counts itself into one of so many cells of its own figures.
     """
 
     run: str | None = None
     of: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    model_hash: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     model: Literal["shared", "own"] = "shared"
-    bins: Annotated[int, Field(ge=2, le=1000, multiple_of=2)] = 100
+    bins: Annotated[int, Field(ge=10, le=1000, multiple_of=10)] = 100
     times: list[Positive] | None = Field(default=None, min_length=1)
     target_range: tuple[Bound, Bound] | None = Field(default=None, strict=False)
     largest_loss: Positive = 10.0

@@ -27,7 +27,8 @@ def measures(job: Job) -> str | None:
 def check_exact(job: Job, what: str) -> None:
     """Raise `ValueError` unless the job's model is the mean of phi: one exact step, and no clip that bites."""
     privacy, strategy = job.privacy, job.strategy
-    allowed = {**ONE_EXACT_ROUND, "local_epochs": None, "batch_size": None, "weight_decay": 0.0}
+    none = dict.fromkeys(("local_epochs", "batch_size", "schedule", "work", "weak", "budget_s"))
+    allowed = {**ONE_EXACT_ROUND, **none, "weight_decay": 0.0}
     asked = job.training.model_dump(include=set(allowed))
     if wrong := [key for key, value in allowed.items() if asked[key] != value]:
         exact = ", ".join(f"{key} = {value}" for key, value in ONE_EXACT_ROUND.items())
@@ -38,6 +39,12 @@ def check_exact(job: Job, what: str) -> None:
             f'strategy: {what} are a mean over {whom}: give name = "fedavg", weighting = "{weighting}" and no '
             "server_learning_rate"
         )
+    if job.cohort.size is not None:
+        raise ValueError(f"cohort.size: {what} are of all sites; leave it out")
+    if not job.robust.plain:
+        raise ValueError(f"robust: {what} are a mean, which a robust reduction would bias; leave [robust] out")
+    if any(device.trains < 1 for device in (job.simulation.devices or {}).values()):
+        raise ValueError(f"simulation.devices: {what} are one exact step of the whole model: leave out trains")
     if privacy.record is not None and privacy.client is not None:
         raise ValueError(
             f"privacy: {what} take [privacy.record] or [privacy.client]: the clip of a whole client would cut the "
@@ -88,6 +95,8 @@ def finished(run: Path, *, what: str, ours: Callable[[Job], bool]) -> Finished:
     ran = read_json(run / "summary.json") if (run / "summary.json").is_file() else {}
     sites, spent = ran.get("sites"), ran.get("epsilon")
     known = list(sites.values()) if isinstance(sites, dict) else []
+    if not all(isinstance(site, dict) and isinstance(site.get("train_rows"), int) for site in known):
+        raise RunError(f"{run}: summary.json is damaged")
     return Finished(
         job,
         weights,

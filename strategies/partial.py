@@ -79,4 +79,4 @@ def shares_of(job: Job) -> tuple[float, ...]:
 
 
 def _name(share: float) -> str:
-    return f"weight_of_{share:g}"
+    return f"weight_of_{share!r}"  # In all its digits: two shares are two names.

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.errors import JobError
 from strategies.parameters import Parameters, Vector
 from strategies.total import Total
 
@@ -59,8 +60,15 @@ class Traits:
     """It wants strategy.weighting = "equal"."""
     equal_steps: bool = False
     """Every site has to take the same number of local steps, of one size in all rounds."""
+    in_step: bool = False
+    """What its sites keep has to match what the server added up: an answer that is lost or left out of a sum leaves a
+    lasting difference."""
     asynchronous: bool = False
     """The server does not wait for a cohort: it steps after so many contributions, of older models too."""
+
+    def __post_init__(self) -> None:
+        if both := sorted(set(self.kept) & set(self.own)):
+            raise JobError(f"strategy.name: it keeps {both[0]!r} both for its contributions and for the site alone")
 
     @property
     def remembers(self) -> bool:
@@ -129,6 +137,11 @@ class Local(Protocol):
         calls of a round together take at most `self.steps` steps, those that the site is charged for. The result is
         the trainer's own memory: it holds until the next call.
         """
+        ...
+
+    def bound(self, update: Vector) -> None:
+        """Shorten `update` ((P,) float32, of weight 1) in place as the gate will, where the job protects whole sites: a
+        site that remembers what it sent has to remember what left."""
         ...
 
     def loss(self, model: Vector) -> float:

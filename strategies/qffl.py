@@ -30,9 +30,10 @@ class QFfl(FedAvg):
         return Traits(reads_records=True, own_weights=True, equal_weights=True)
 
     def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
-        loss = max(local.loss(received), LEAST_LOSS)
+        loss = np.float64(max(local.loss(received), LEAST_LOSS))
         write_update(received, local.fit(received), 1.0, out)
         with np.errstate(over="ignore", invalid="ignore"):
-            squared = float(np.square(out, dtype=np.float64).sum())
-            np.multiply(out, np.float32(loss**self.q), out=out)
-        return Added(loss**self.q + self.q * loss ** (self.q - 1) * squared / local.learning_rate)
+            squared, pull = np.square(out, dtype=np.float64).sum(), loss**self.q
+            np.multiply(out, np.float32(pull), out=out)
+            weight = np.float32(pull + self.q * loss ** (self.q - 1) * squared / local.learning_rate)
+        return Added(float(weight))  # An absurd q makes it infinite; the gate refuses that.

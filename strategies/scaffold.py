@@ -30,7 +30,7 @@ class Scaffold(FedAvg):
     @property
     def traits(self) -> Traits:
         scalars = () if self.weighting == "equal" else (SITES,)
-        return Traits(received=2, scalars=scalars, kept={"control": "vector"}, equal_steps=True)
+        return Traits(received=2, scalars=scalars, kept={"control": "vector"}, equal_steps=True, in_step=True)
 
     def start(self, model: Vector, *, sites: int) -> ServerState:
         return ServerState(model, memory={"control": np.zeros(len(model)), "sites": np.array([float(sites)])})
@@ -43,6 +43,7 @@ class Scaffold(FedAvg):
         own = local.memory.get("control", np.zeros_like(model))
         drift = (control - own) / np.float32(local.steps * local.learning_rate)
         write_update(model, local.fit(model, drift=drift), 1.0, out)
+        local.bound(out)
         local.memory["control"] = own - control - out
         weight = self.weight(local)
         out *= np.float32(weight)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from privacy.errors import JobError, RunError
 from strategies.job import Job
@@ -182,8 +183,6 @@ def _number(column: Column, parts: Mapping[str, NDArray[np.float64]], error: flo
             )
         )
         sd = math.sqrt(variance) if variance > max(2 * (variance_error or 0.0), _TINY) else math.nan
-        if known and variance <= _TINY and not error:
-            sd = 0.0
         said["mean"] = min(high, max(low, middle + half * u)) if known else None
         said["sd"] = _known(half * sd)
         errors["mean"] = None if u_error is None else half * u_error
@@ -196,15 +195,16 @@ def _number(column: Column, parts: Mapping[str, NDArray[np.float64]], error: flo
         said["cell"] = (high - low) / (len(cells) - 2)
         said["below"], said["above"] = _clipped(shares[0]), _clipped(shares[-1])
         said["histogram"] = [_known(share) for share in shares[1:-1]]
-        noise = None if error is None else error / total
-        errors["share"] = noise if math.isfinite(shares[0]) else None
+        noise = None if error is None or not math.isfinite(shares[0]) else error / total
+        wide = _errors_of_shares(shares, noise)
+        errors["below"], errors["above"], errors["histogram"] = wide[0], wide[-1], wide[1:-1]
         quartiles = [quantile(shares, p, noise, low, high) for p in QUARTILES]
         said["quartiles"] = [_known(value) for value, _ in quartiles]
         errors["quartiles"] = [_known(wide) for _, wide in quartiles]
     return {**said, "se": errors}
 
 
-# Of u, which lies in [-1, 1]: below it, float32 weights cannot tell a spread from none.
+# Of u, which lies in [-1, 1]: below it, float32 weights cannot tell a spread from none, or from one of some size.
 _TINY = 1e-6
 
 
@@ -248,7 +248,19 @@ def _category(values: Sequence[str], parts: Mapping[str, NDArray[np.float64]], e
     of_present = shares[:-1] / present if known else np.full(len(shares) - 1, math.nan)
     said["shares"] = {value: _clipped(share) for value, share in zip(values, of_present, strict=False)}
     said[UNDECLARED], said[MISSING] = _clipped(of_present[-1]), _clipped(shares[-1])
-    return {**said, "se": {"share": error / present if error is not None and known else None, "missing": error}}
+    wide = _errors_of_shares(of_present, error / present if error is not None and known else None)
+    errors: dict[str, Any] = {"shares": dict(zip(values, wide, strict=False)), UNDECLARED: wide[-1], MISSING: error}
+    return {**said, "se": errors}
+
+
+def _errors_of_shares(shares: NDArray[np.float64], noise: float | None) -> list[float | None]:
+    """The standard error of each share, a cell over the sum of all k, from noise of `noise` (over that sum) a cell.
+
+    By the delta method: a cell's own noise counts 1 - s, that of each other one, which is in the sum alone, -s.
+    """
+    if noise is None:
+        return [None] * len(shares)
+    return [_known(noise * math.hypot(1 - s, math.sqrt(len(shares) - 1) * s)) for s in shares]
 
 
 def _known(value: float) -> float | None:
@@ -278,22 +290,34 @@ def _read_file(path: Path) -> dict[str, Any]:
     said = read_json(path)
     if said.get("v") != VERSION or not isinstance(said.get("columns"), dict):
         raise RunError(f"{path}: not what `fedchorus statistics --json` writes (version {VERSION})")
+    for name, own in said["columns"].items():
+        shares = own.get("shares", {}) if isinstance(own, dict) else None
+        if not isinstance(shares, dict) or not all(map(_is_figure, (own.get("mean"), own.get("sd"), *shares.values()))):
+            raise RunError(f"{path}: its figures of {name!r} are not as `fedchorus statistics --json` writes them")
     return said
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def with_statistics(data: Mapping[str, Any], run: Path, *, where: str) -> dict[str, Any]:
     """Return a job's parsed `[data]` with the constants of a statistics run in its columns, in place of `statistics`.
 
     A number gets the mean and, where it is known above its noise, the standard deviation; `fill` is the mean, or a
-    category's most frequent declared value. What a column says itself stands. Raises `JobError` for a column that the
-    run did not measure.
+    category's most frequent declared value. What a column says itself stands, and so does what no statistics job
+    measures (a text, an image, an id), or what is no column at all, which the job's schema refuses. Raises `JobError`
+    for a number or a category that the run did not measure.
     """
+    given = data.get("columns") or {}
+    if not isinstance(given, dict):
+        raise JobError(f"{where}: data.columns: should be a table")
     try:
         measured = read_statistics(run)["columns"]
     except RunError as error:
         raise JobError(f"{where}: data.statistics: {error}") from None
     columns = {}
-    for name, column in dict(data.get("columns") or {}).items():
+    for name, column in given.items():
         if not isinstance(column, dict):
             raise JobError(f"{where}: data.columns.{name}: should be a table")
         columns[name] = {**_constants(column, measured.get(name), name=name, run=run, where=where), **column}
@@ -301,14 +325,19 @@ def with_statistics(data: Mapping[str, Any], run: Path, *, where: str) -> dict[s
 
 
 def _constants(column: Mapping[str, Any], said: Any, *, name: str, run: Path, where: str) -> dict[str, Any]:
-    kind = column.get("type", "number")
-    if not isinstance(said, dict) or said.get("type") != kind:
-        raise JobError(f"{where}: data.statistics: {run} did not measure {name!r} as a {kind}; run it anew")
-    if kind == "category":
+    try:
+        own = Column.model_validate(column)
+    except ValidationError:
+        return {}
+    if own.type not in ("number", "category"):
+        return {}
+    if not isinstance(said, dict) or said.get("type") != own.type:
+        raise JobError(f"{where}: data.statistics: {run} did not measure {name!r} as a {own.type}; run it anew")
+    if own.type == "category":
         shares = said.get("shares") or {}
-        declared = [value for value in column.get("values") or [] if shares.get(str(value)) is not None]
+        declared = [value for value in own.values or [] if shares.get(str(value)) is not None]
         return {"fill": max(declared, key=lambda value: shares[str(value)])} if declared else {}
-    if said.get("range") != [float(bound) for bound in column.get("range") or ()]:
+    if said.get("range") != list(own.range or ()):
         raise JobError(
             f"{where}: data.statistics: {run} measured {name!r} over another range than this job's: use the same"
         )

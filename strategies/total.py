@@ -6,6 +6,7 @@ site travels in the clear beside it, and a sum of such vectors is again one: of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,13 @@ def layout_for(job: Job, parameters: int, traits: Traits) -> Layout:
     kept = [*traits.kept.values(), *traits.own.values()]
     memory = sum(parameters if what == "vector" else 1 for what in kept)
     return Layout(sent, (*traits.scalars, *metrics), None if received == sent else received, memory)
+
+
+def training_loss(metrics: Mapping[str, float]) -> float | None:
+    """The mean loss of the examples that a cohort trained on; None where it was not sent, or by what liars sent is
+    none."""
+    examples = metrics.get("examples", 0.0)
+    return metrics["loss"] / examples if "loss" in metrics and examples > 0 else None
 
 
 class Total:

@@ -26,7 +26,7 @@ MODEL: Vector = np.array([3.0, -0.6], np.float32)  # One weight and a bias.
 
 def evaluation(data: dict[str, Any] | None = None, **changes: Any) -> Job:
     raw = {"data": {"stratify": False, **(data or {})}, "training": ONE, "evaluation": {}, **changes}
-    return make_job(**{**raw, "evaluation": {"of": "a" * 64, **raw["evaluation"]}})
+    return make_job(**{**raw, "evaluation": {"of": "a" * 64, "model_hash": "a" * 64, **raw["evaluation"]}})
 
 
 def table(rows: int, **columns: Any) -> pd.DataFrame:
@@ -154,12 +154,28 @@ class TestGroups:
         assert found["scores", "sex", 0].sum() + found["scores", "sex", 1].sum() == pytest.approx(20, rel=1e-5)
 
     @settings(max_examples=300, deadline=None)
-    @given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=6), smallest=st.integers(1, 20))
-    def test_that_are_left_out_are_as_many_rows_as_the_smallest_or_none(self, counts: list[int], smallest: int) -> None:
+    @given(
+        counts=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+        smallest=st.integers(1, 20),
+        nowhere=st.integers(0, 30),
+    )
+    def test_that_are_left_out_are_as_many_rows_as_the_smallest_or_none(
+        self, counts: list[int], smallest: int, nowhere: int
+    ) -> None:
         rows = np.array(counts)
-        out = left_out(rows, smallest)
+        out = left_out(rows, smallest, nowhere=nowhere)
         assert (rows[~out & (rows > 0)] >= smallest).all()
-        assert rows[out].sum() == 0 or rows[out].sum() >= smallest or out[rows > 0].all()
+        hidden = rows[out].sum() + nowhere
+        assert hidden == 0 or hidden >= smallest or out[rows > 0].all()
+
+    def test_of_a_row_in_no_group_are_left_out_too_where_they_would_tell_of_it(self) -> None:
+        sex = ["X" if n == 3 else "M" if n % 2 else "F" for n in range(200)]
+        assert "X" in table(200, sex=sex)["sex"].tolist()
+        job = evaluation({"held_out": {"column": "sex", "values": ["F", "M", "X"]}}, evaluation={"groups": SEX})
+        found = phi(table(200, sex=sex), job)
+        whole = found["scores", "", 0].sum()
+        shown = found["scores", "sex", 0].sum() + found["scores", "sex", 1].sum()
+        assert whole - shown >= 10
 
     def test_of_numbers_are_the_cells_between_edges(self) -> None:
         values = pd.Series(["1", "2", "2.5", "9", None])
@@ -203,6 +219,28 @@ def test_a_task_of_numbers_without_their_unit_is_refused_by_name() -> None:
     job = evaluation({"target_type": "number", "target_range": [0.0, 1.0]}, task={"name": f"{__name__}:OwnTask"})
     with pytest.raises(JobError, match="has no method natural"):
         Judge(job)
+
+
+class Tattling(OwnTask):
+    """Its loss says in an error what its targets are."""
+
+    def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise JobError(f"the labels are {targets.tolist()}")
+
+
+def test_an_error_of_the_task_s_own_code_says_its_kind_and_no_record() -> None:
+    job = evaluation(task={"name": f"{__name__}:Tattling"})
+    with pytest.raises(JobError) as caught:
+        Judge(job).site_data(rows_of(table(9), job, where="a test"), MODEL, site="a")
+    assert str(caught.value) == "task.name: a: evaluating the model failed (JobError)"
+
+
+@pytest.mark.parametrize("complete", [0, 1])
+def test_a_site_whose_rows_are_incomplete_takes_part(complete: int) -> None:
+    frame = table(8)
+    frame.loc[complete:, "x"] = None
+    found = phi(frame, evaluation({"on_missing": "drop"}))
+    assert len(found["scores", "", 0]) == 1
 
 
 def test_a_model_of_another_job_is_refused() -> None:

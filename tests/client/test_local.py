@@ -74,6 +74,33 @@ class Careless(FedAvg):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forgetful(FedAvg):
+    """Keeps the trainer's own memory, which it forgot to copy, and trains for itself afterwards."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(kept={"sent": "vector"}, own={"mine": "vector"})
+
+    def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
+        local.memory["sent"] = local.fit(received)
+        out[:] = local.memory["sent"]
+        return Added(1.0)
+
+    def personalise(self, received: Vector, local: Local) -> None:
+        local.memory["mine"] = local.fit(received)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refunding(FedAvg):
+    """Trains, and takes it back."""
+
+    def train(self, received: Vector, local: Local) -> Vector:
+        local.fit(received)
+        local.fit(received, steps=-local.steps)
+        return local.fit(received)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Talkative(FedAvg):
     def contribution(self, received: Vector, local: Local, out: Vector) -> Added:
         return Added(1.0, {"gossip": 1.0})
@@ -83,6 +110,23 @@ def test_no_strategy_takes_more_noisy_steps_than_the_site_is_charged_for() -> No
     with pytest.raises(JobError, match=r"trains \d+ steps in a round that is charged \d+"):
         local_training(PRIVATE, Greedy())(ask(PRIVATE))
     assert np.isfinite(local_training(PLAIN, Greedy())(ask(PLAIN)).contribution).all()
+
+
+def test_no_strategy_gets_charged_steps_back() -> None:
+    with pytest.raises(JobError, match=r"it asks for -\d+ steps of training"):
+        local_training(PRIVATE, Refunding())(ask(PRIVATE))
+
+
+def test_what_a_strategy_forgot_to_copy_is_kept_as_it_was_sent() -> None:
+    trained = local_training(PRIVATE, Forgetful())(ask(PRIVATE))
+    assert trained.memory is not None
+    np.testing.assert_array_equal(trained.memory[:4], trained.contribution[:4])
+    assert (trained.memory[4:] != trained.memory[:4]).any()
+
+
+def test_nothing_is_kept_both_for_contributions_and_for_the_site_alone() -> None:
+    with pytest.raises(JobError, match="it keeps 'a' both for its contributions and for the site alone"):
+        Traits(kept={"a": "vector"}, own={"a": "vector", "b": "scalar"})
 
 
 def test_with_record_level_privacy_no_loss_is_read_for_a_contribution() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,13 +85,19 @@ class TestTime:
 
     @pytest.mark.parametrize("name", ["pfedme", "fedrep", "ditto"])
     def test_trainings_of_one_round_share_its_time(self, name: str) -> None:
-        job = make_job_of(8, strategy={"name": name}, task={"model": "mlp", "hidden": [2]})
+        job = make_job_of(8, strategy={"name": name}, task={"model": "mlp", "hidden": [2]}, training={"budget_s": 4.0})
         counted = Counted(job)
-        contribution_of(job, pace=Pace(seconds=4.0, clock=Ticks()), trainer=counted)
-        # Half of the eight steps, and what of a step goes beyond each training's time; what a site trains for itself
-        # alone afterwards has as much time again.
-        wanted, beyond = (8, 0) if name == "ditto" else (4, len(counted.steps) - 1)
-        assert wanted <= sum(counted.steps) <= wanted + beyond
+        contribution_of(job, pace=replace(Pace.of(job, "north"), clock=Ticks()), trainer=counted)
+        # Half of the eight steps, and what of a step goes beyond each training's time.
+        assert 4 <= sum(counted.steps) <= 4 + len(counted.steps) - 1
+        assert len(counted.steps) > 1
+
+    def test_what_a_site_trains_for_itself_alone_has_half_of_the_time(self) -> None:
+        job = make_job_of(8, strategy={"name": "ditto"}, training={"budget_s": 6.0})
+        counted = Counted(job)
+        contribution_of(job, pace=replace(Pace.of(job, "north"), clock=Ticks()), trainer=counted)
+        assert counted.steps == [3, 3]
+        assert [Pace.of(make_job_of(strategy={"name": name}), "a").trainings for name in ("fedavg", "pfedme")] == [1, 1]
 
     def test_with_record_level_privacy_it_is_refused_as_the_secret_batches_decide_how_many_steps_fit(self) -> None:
         with pytest.raises(JobError, match=r"training.budget_s with privacy.record: .*take training.work"):

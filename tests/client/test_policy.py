@@ -47,7 +47,8 @@ LOCAL = {"noise_multiplier": 8.0, "delta": DELTA, "placement": "local"}
 CENTRAL = {"epsilon": 2.0, "noise_multiplier": 8.0, "delta": DELTA, "placement": "central"}
 PLAIN: Mapping[str, Any] = {"privacy": {}}
 ONE_ROUND = {"rounds": 1, "learning_rate": 1.0, "local_steps": 1, "batch_size": None, "sampling_rate": 1.0}
-EVALUATION: Mapping[str, Any] = {"training": ONE_ROUND, "evaluation": {"of": "a" * 64}}
+OF = {"of": "a" * 64, "model_hash": "a" * 64}
+EVALUATION: Mapping[str, Any] = {"training": ONE_ROUND, "data": {"stratify": False}, "evaluation": OF}
 ALLOWED: Mapping[str, Any] = {
     "version": 1,
     "purposes": ["training"],
@@ -159,16 +160,22 @@ CLAUSES: list[tuple[str, Changes, Changes, Changes]] = [
     (
         "evaluation.allow_site_figures",
         {"privacy": {"require": "none"}, **NO_BUDGET},
-        {**EVALUATION, "privacy": None, "evaluation": {"of": "a" * 64, "sites": 10}},
+        {**EVALUATION, "privacy": None, "evaluation": {**OF, "sites": 10}},
+        {},
+    ),
+    (
+        "evaluation.groups",
+        {"privacy": {"require": "none"}, "evaluation": {"groups": ["age"]}, **NO_BUDGET},
+        {**EVALUATION, "privacy": None, "evaluation": {**OF, "groups": {"sex": {"values": ["F"]}}}},
         {},
     ),
     (
         "evaluation.smallest_group",
-        {"privacy": {"require": "none"}, **NO_BUDGET},
+        {"privacy": {"require": "none"}, "evaluation": {"groups": ["sex"]}, **NO_BUDGET},
         {
             **EVALUATION,
             "privacy": None,
-            "evaluation": {"of": "a" * 64, "groups": {"sex": {"values": ["F"]}}, "smallest": 9},
+            "evaluation": {**OF, "groups": {"sex": {"values": ["F"]}}, "smallest": 9},
         },
         {},
     ),

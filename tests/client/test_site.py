@@ -9,6 +9,7 @@ import pytest
 
 from client.data import Records
 from client.local import LocalTraining, training_seed
+from client.memory import SiteMemory
 from client.site import Files, Site, SitePlan
 from client.tasks import initial_model, task_for
 from client.training import Trainer
@@ -24,6 +25,7 @@ from strategies.job import Job
 from strategies.messages import Answer, Ask, MalformedMessage, Refusal, Reply, ask_for
 from strategies.parameters import Vector, vector_hash
 from strategies.protocol import Traits
+from strategies.scaffold import Scaffold
 from strategies.total import Layout, layout_for
 from tests.strategies.jobs import make_job
 
@@ -99,6 +101,24 @@ def contribution(answer: Answer) -> Vector:
 
 def entries(files: Files) -> list[Entry]:
     return read_ledger(files.ledger, "north", IdentityKey.load(files.identity).public_hex)
+
+
+def test_a_round_that_diverges_at_a_site_leaves_it_with_what_it_kept_before(tmp_path: Path) -> None:
+
+    job = make_job(strategy={"name": "scaffold", "weighting": "equal"})
+    trainer, records, files = make_trainer(job), some_records(), make_files(tmp_path / "north")
+    layout = layout_for(job, trainer.parameters.size, Scaffold(weighting="equal").traits)
+    plan = SitePlan.make(job, rows=len(records), parameters=4, rng=SeededNoise.kind, site="north")
+    kept = iter([np.ones(4, np.float32), np.full(4, np.nan, np.float32)])
+    site = Site(
+        "north", job=job, plan=plan, layout=layout, files=files, simulation=True,
+        train=lambda ask, memory: (np.ones(layout.size, np.float32), next(kept)),
+        guard_noise=lambda number: SeededNoise(1, "north", number),
+    )  # fmt: skip
+    model = np.zeros(8, np.float32)
+    for number in (1, 2):
+        site.handle(ask_for(job.hash, number, model, None))
+    assert SiteMemory(files.memory, 4).newest() == pytest.approx([1, 1, 1, 1])
 
 
 class TestPlainSite:

@@ -68,6 +68,15 @@ class TestPhi:
         features = phi(frame, job, where="a test").features
         assert np.linalg.norm(features.astype(np.float64), axis=1).max() <= 1 + 1e-6
 
+    @pytest.mark.parametrize("low_high", [(1e16, 1e16 + 2), (1e9, 1e9 + 1e-7), (-1e300, 1e300), (-5e-324, 5e-324)])
+    def test_has_such_a_norm_over_a_range_of_few_floats_or_all_of_them(self, low_high: tuple[float, float]) -> None:
+        low, high = low_high
+        job = statistics_job(columns={**COLUMNS, "age": {"range": [low, high]}})
+        ages = [low, np.nextafter(low, np.inf), low / 2 + high / 2, np.nextafter(high, -np.inf), high]
+        features = phi(table(age=ages, dose=[3] * 5, blood=["A"] * 5, y=[1] * 5), job, where="a test").features
+        assert np.isfinite(features).all()
+        assert np.linalg.norm(features.astype(np.float64), axis=1).max() <= 1 + 1e-6
+
     def test_reaches_that_norm_so_no_noise_is_spent_on_room_that_nothing_uses(self) -> None:
         features = phi(table(age=[100], dose=[-2], blood=["A"], y=[1]), statistics_job(), where="a test").features
         assert np.linalg.norm(features) == pytest.approx(1, abs=1e-6)
@@ -188,6 +197,28 @@ class TestSites:
         parts: SiteData = site_data(records_of(frame, statistics_job(), where="a test"), statistics_job(), site="a")
         assert len(parts.train) == max(1, rows - 1)
         assert len(parts.test) == 1
+
+    def test_with_all_rows_laid_down_for_testing_take_part_like_one_without_rows(self) -> None:
+        job = statistics_job(held_out={"column": "dose", "values": [1]})
+        frame = table(age=[1, 2], dose=[1, 1], blood=["A"] * 2, y=[1, 0])
+        parts = site_data(records_of(frame, job, where="a test"), job, site="a")
+        empty = phi(frame.iloc[:0], job, where="a test")
+        np.testing.assert_array_equal(parts.train.features, empty.features)
+        assert (len(parts.train), len(parts.test)) == (1, 2)
+
+    @pytest.mark.parametrize("testing", ["", "5,1,A,1\n6,1,B,0\n"])
+    def test_without_rows_beside_a_second_file_of_test_rows_train_on_the_one_in_which_all_is_missing(
+        self, tmp_path: Path, testing: str
+    ) -> None:
+        (tmp_path / "train.csv").write_text("age,dose,blood,y\n")
+        (tmp_path / "test.csv").write_text("age,dose,blood,y\n" + testing)
+        job = statistics_job(held_out={"path": "test.csv"})
+        records = records_of(read_frame(tmp_path / "train.csv", job.data), job, where="a test")
+        parts = site_data(records, job, site="a")
+        assert (len(parts.train), len(parts.test)) == (1, testing.count("\n"))
+        told = summarise(job, parts.train.features[0], noise=0.0)
+        assert told["columns"]["age"]["missing"] == pytest.approx(1)
+        assert told["target"]["missing"] == pytest.approx(1)
 
     def test_with_rows_laid_down_for_testing_are_measured_without_them(self) -> None:
         job = statistics_job(["labels"], held_out={"column": "dose", "values": [1]})

@@ -127,9 +127,9 @@ def in_process(job: Job, site: Path, ask: Ask) -> tuple[Vector, dict[str, float]
     contribution, _ = train(ask)
     trainer.load(ask.model)
     test = trainer.place(data.test)
-    metrics = trainer.evaluate(test.features, test.targets)
-    means = {name: float(values.double().mean()) for name, values in metrics.items()}
-    return contribution, {**means, "rows": len(data.test)}
+    figures = trainer.figures(trainer.outputs(test.features), test.targets)
+    known = {name: value for name, value in figures.items() if value is not None}
+    return contribution, {**known, "rows": len(data.test)}
 
 
 def kill(process: TrainerProcess) -> None:

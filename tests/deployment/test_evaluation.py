@@ -12,11 +12,12 @@ import pytest
 from sklearn.metrics import accuracy_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from privacy.errors import JobError
+from privacy.errors import JobError, Refused
 from server.jobs import JobFolder
 from strategies.evaluation import read_evaluation
 from strategies.job import Job, evaluation_job
-from strategies.parameters import Parameters
+from strategies.messages import Deliver
+from strategies.parameters import Parameters, vector_hash
 from tests.deployment.federation import NAMES, POLICY, Thorax, deployed_job
 
 SECURE = "secure_aggregation={colluders=0, reach=200.0}"
@@ -74,6 +75,22 @@ def test_a_policy_that_does_not_allow_it_refuses(tmp_path: Path, settings: list[
     with pytest.raises(JobError, match="3 sites refuse the job"):
         thorax.run(thorax.submit(evaluation(model, *settings)))
     assert clause in thorax.sites["north"].said.getvalue()
+
+
+def test_a_server_that_hands_out_another_model_afterwards_changes_nothing(tmp_path: Path) -> None:
+    thorax = Thorax(tmp_path, policy=ALLOWED)
+    model = trained(thorax)
+    desk, other = thorax.sites["north"].desk, np.array([1e4, -3700.0], np.float32)
+    rounds = model.job.training.rounds
+    with pytest.raises(Refused, match="another model for a job that is over"):
+        desk._keep(Deliver(model.job.hash, rounds, other, vector_hash(other)))
+    # Nor does an evaluation of another model than the one that its approvers saw.
+    job = evaluation(model)
+    assert job.evaluation is not None
+    wrong = job.model_copy(update={"evaluation": job.evaluation.model_copy(update={"model_hash": vector_hash(other)})})
+    with pytest.raises(JobError, match="3 sites refuse the job"):
+        thorax.run(thorax.submit(wrong))
+    assert "of another model than job" in thorax.sites["north"].said.getvalue()
 
 
 def test_of_a_job_that_sites_have_not_finished_is_refused(tmp_path: Path) -> None:

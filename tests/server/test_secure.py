@@ -441,6 +441,14 @@ class TestGroups:
         assert set(collected.contributors) == set(sites.names) - set(groups[0]) - set(groups[1])
         assert set(collected.failures) == {*groups[0], *groups[1]}
 
+    def test_a_round_ends_whose_groups_left_are_too_few_for_the_liars_that_it_bears(self, tmp_path: Path) -> None:
+        # Of three sums the median bears one that is anything; of two it would be their mean.
+        job = make_job(secure_aggregation={"groups": 3, "colluders": 0}, robust={"reduce": "median", "byzantine": 1})
+        sites = Sites(tmp_path, 12, job=job)
+        sites.spoil = silent_from(dict.fromkeys(groups_of(job, sites.names)[0], "mask"))
+        with pytest.raises(RoundAborted, match=r'2 of 3 groups have a sum, and robust.reduce = "median" bears 1'):
+            sites.collect()
+
     def test_the_round_ends_when_half_are_lost(self, tmp_path: Path) -> None:
         sites = Sites(tmp_path, 20, job=self.JOB)
         groups = groups_of(self.JOB, sites.names)

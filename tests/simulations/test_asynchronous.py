@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy.errors import JobError
 from server.collect import Collected, Failure
 from simulations.asynchronous import BufferedCollector
 from simulations.devices import Devices, VirtualClock
@@ -66,7 +64,7 @@ class Room:
     times: list[float] = field(default_factory=list)
 
     def run(self, rounds: int) -> Room:
-        devices = Devices.of(self.job, dict.fromkeys(SITES, 12))
+        devices = Devices.of(self.job, dict.fromkeys(SITES, 12), Layout(2))
         assert devices is not None
         self.devices, clock = devices, VirtualClock()
         collector = BufferedCollector(self.sites, self.strategy, devices, clock)
@@ -118,8 +116,7 @@ class TestBuffer:
         assert len(set(room.sites.trained)) == len(room.sites.trained)
         for number, collected in enumerate(room.collected, start=1):
             assert len(set(collected.contributors)) == len(collected.contributors) <= buffer
-            if availability == 1.0:
-                assert len(collected.contributors) == buffer
+            assert len(collected.contributors) == buffer
             assert all(old <= number for old in room.began[number - 1].values())
         assert room.times == sorted(room.times)
 
@@ -143,6 +140,15 @@ class TestBuffer:
         room = Room(job((1.0,)), FedBuff(buffer=5), Echo(broken="abc")).run(1)
         assert list(room.collected[0].contributors) == list("def")
 
-    def test_a_buffer_of_more_than_all_sites_is_refused(self) -> None:
-        with pytest.raises(JobError, match=r"strategy\.buffer: 7 contributions of 6 sites"):
-            Room(job(), FedBuff(buffer=7)).run(1)
+    def test_where_nobody_is_there_time_goes_on_until_somebody_is(self) -> None:
+        room = Room(job((1.0,), availability=0.01), FedBuff(buffer=3)).run(4)
+        assert [len(collected.contributors) for collected in room.collected] == [3] * 4
+        assert all(not collected.failures for collected in room.collected)
+        waited = np.diff([0.0, *room.times]) - 8.0
+        assert waited.max() > 0
+        np.testing.assert_allclose(waited % 8.0, 0.0, atol=1e-6)  # Each looks in as often as it would have trained.
+        again = Room(job((1.0,), availability=0.01), FedBuff(buffer=3)).run(4)
+        assert again.times == room.times
+
+    def test_a_device_that_is_never_there_ends_nothing(self) -> None:
+        assert np.isfinite(Room(job((1.0,), availability=5e-324), FedBuff(buffer=6)).run(2).times).all()

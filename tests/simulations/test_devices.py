@@ -17,8 +17,10 @@ from server.collect import Collected, Failure, PlainCollector
 from simulations.devices import Devices, DeviceTransport, VirtualClock, shared_out
 from strategies.job import Device, Job
 from strategies.messages import Answer, Ask, Reply, Request, Step, Stepped, ask_for
+from strategies.parameters import Vector
 from strategies.total import Layout, Total
 from tests.strategies.jobs import make_job
+from tests.strategies.lent import float32
 
 SITES = list("abcdef")
 ROWS = dict.fromkeys(SITES, 12)
@@ -30,12 +32,17 @@ class Sites:
     """A transport to sites that add one each and never fail; keeps who was asked, in order."""
 
     asked: list[str] = field(default_factory=list)
+    wrong: dict[str, Vector] = field(default_factory=dict)
+    """What sites send that is malformed."""
 
     def exchange(self, requests: Mapping[str, Request]) -> Iterator[tuple[str, Answer | Failure]]:
         for site, request in requests.items():
             self.asked.append(site)
             if isinstance(request, Ask):
-                yield site, Reply(site, request.job, request.round_number, np.ones(3, np.float32), None)
+                yield (
+                    site,
+                    Reply(site, request.job, request.round_number, self.wrong.get(site, np.ones(3, np.float32)), None),
+                )
             else:
                 assert isinstance(request, Step)
                 yield site, Stepped(site, request.job, request.round_number, request.stage, b"")
@@ -49,16 +56,17 @@ class Room:
     observed: bool = False
     sites: Sites = field(default_factory=Sites)
     clock: VirtualClock = field(default_factory=VirtualClock)
+    failed: dict[int, int] = field(default_factory=dict)
 
     @property
     def devices(self) -> Devices:
-        devices = Devices.of(self.job, ROWS)
+        devices = Devices.of(self.job, ROWS, LAYOUT)
         assert devices is not None
         return devices
 
     @property
     def transport(self) -> DeviceTransport:
-        return DeviceTransport(self.sites, self.devices, self.clock, self.observed)
+        return DeviceTransport(self.sites, self.devices, self.clock, self.observed, self.failed)
 
     def round(self, number: int = 1, sites: list[str] | None = None) -> Collected:
         ask = ask_for(self.job.hash, number, np.zeros(2, np.float32), None)
@@ -104,6 +112,15 @@ class TestClock:
             assert room.devices.pace(site).seconds is None  # Nobody looks at a real clock.
         assert {room.devices.pace(site).steps for site in SITES} == {1, 3, 6}
 
+    def test_a_site_that_trains_a_model_of_its_own_too_takes_twice_as_long_or_half_of_a_budget(self) -> None:
+        room = Room(job(strategy={"name": "ditto"}))
+        room.round()
+        assert room.clock.now == 16.0
+        room = Room(job(strategy={"name": "ditto"}, training={"budget_s": 4.0}))
+        assert {room.devices.pace(site).steps for site in SITES} == {2, 8}
+        room.round()
+        assert room.clock.now == 4.0
+
     def test_a_site_trains_the_smaller_of_its_own_share_and_its_kinds(self) -> None:
         room = Room(job(slow={"trains": 0.5}, training={"weak": {"a": 0.25, "b": 0.75, "c": 0.75}}))
         own = {"a": 0.25, "b": 0.75, "c": 0.75}
@@ -146,6 +163,18 @@ class TestOver:
     def test_who_does_not_answer_is_made_up_for(self) -> None:
         room = Room(job(fast={"availability": 1e-12}, cohort={"size": 2, "over": 2.0}))
         assert list(room.round().contributors) == room.of_kind("slow")[:2]
+        assert room.clock.now == 8.0
+
+    @pytest.mark.parametrize(
+        "wrong", [np.ones(2, np.float32), np.ones(3), float32(np.nan, 1, 1), float32(1, 1, 0), float32(1, 1, -1)]
+    )
+    def test_an_answer_that_the_collector_refuses_makes_up_for_nobody(self, wrong: Vector) -> None:
+        room = Room(job(cohort={"size": 3, "over": 1.0}))
+        first = room.of_kind("fast")[0]
+        room.sites.wrong[first] = wrong
+        collected = room.round()
+        assert list(collected.contributors) == sorted([*room.of_kind("fast")[1:], room.of_kind("slow")[0]])
+        assert collected.failures[first].startswith("malformed reply")
         assert room.clock.now == 8.0
 
     def test_who_is_not_needed_has_trained_where_its_ledger_shows_it(self) -> None:
@@ -202,6 +231,23 @@ class TestAvailability:
         assert set.union(*away) == set(room.of_kind("slow"))
         assert not set.intersection(*away)
 
+    def test_a_round_that_failed_is_drawn_anew_in_each_attempt_and_no_other_is(self) -> None:
+        def away(failed: dict[int, int], number: int) -> set[str]:
+            return set(Room(job(slow={"availability": 0.5}), failed=failed).round(number).failures)
+
+        for number in range(1, 6):
+            assert away({}, number) == away({}, number) == away({number + 1: 3}, number)
+            assert away({number: 2}, number) == away({number: 2}, number)
+        assert len({tuple(sorted(away({1: attempt}, 1))) for attempt in range(12)}) > 4
+
+    def test_a_device_is_away_as_long_as_coins_of_its_chance_say(self) -> None:
+        devices = Room(job(slow={"availability": 0.2})).devices
+        slow = [site for site in SITES if devices.kinds[site] == "slow"]
+        looks = [devices.away(site, number) for site in slow for number in range(1, 401)]
+        # Geometric: a mean of (1 - p) / p, with a deviation of sqrt(1 - p) / p over sqrt(1200); six of them.
+        assert abs(np.mean(looks) - 4) < 6 * 4.5 / 1200**0.5
+        assert all((look == 0) == devices.is_there(slow[0], n) for n, look in enumerate(looks[:400], start=1))
+
     def test_the_same_seed_is_the_same_federation_and_another_is_another(self) -> None:
         def said(seed: int) -> list[bool]:
             devices = Room(job(slow={"availability": 0.5}, seed=seed)).devices
@@ -236,6 +282,8 @@ def test_who_is_of_a_kind_is_drawn_and_does_not_follow_the_names() -> None:
         ({"a": {"share": 0.5}}, "add up to 0.5"),
         ({"a": {"share": 0.5}, "b": {"share": 0.6}}, "add up to 1.1"),
         ({"a": {"share": 1.0, "speed": 0.0}}, "speed"),
+        ({"a": {"share": 1.0, "speed": 1e-320}}, "speed"),
+        ({"a": {"share": 1.0, "speed": 1e300}}, "speed"),
         ({"a": {"share": 1.0, "availability": 0.0}}, "availability"),
         ({"a": {"share": 1.0, "trains": 0.0}}, "trains"),
         ({"a": {"share": 1.0, "sped": 2.0}}, "did you mean simulation.devices.a.speed"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from privacy.audit import audit_run
-from privacy.errors import JobError, RoundAborted
+from privacy.errors import JobError, RoundAborted, RunError
 from simulations.federation import Federation
 from simulations.simulate import Watcher, resume_run, start_run
 from strategies.job import check_job
@@ -180,6 +180,26 @@ def test_what_stragglers_spent_is_in_their_ledgers_and_the_audit_holds(
     if "over" in changes.get("cohort", {}):
         unneeded = {s for line in lines for s, why in line["failures"].items() if why.startswith("not needed")}
         assert unneeded
+
+
+def test_a_round_that_failed_for_absence_is_drawn_anew_when_the_run_goes_on(tmp_path: Path) -> None:
+    devices = {"simulation": {"devices": {"phone": {"share": 1.0, "availability": 0.5}}}}
+    job = check_job(raw(cohort={"minimum": 6}, training={"rounds": 3}, **devices), where="a test")
+    failed = []
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        with pytest.raises(RunError, match="not there"):
+            start_run(job, out=folder, parent=tmp_path, watcher=Watcher(), now=NOW)
+        failed.append((folder / "failed.jsonl").read_text())
+    assert failed[0] == failed[1]
+    for _ in range(60):
+        try:
+            assert resume_run(tmp_path / "run", watcher=Watcher()) is not None
+        except RunError:
+            continue
+        break
+    lines = lines_of(tmp_path / "run")
+    assert [line["round"] for line in lines] == [1, 2, 3]
+    assert all(len(line["contributors"]) >= 6 for line in lines)
 
 
 def test_an_asynchronous_run_says_how_old_its_models_are_and_goes_on_where_it_stopped(tmp_path: Path) -> None:

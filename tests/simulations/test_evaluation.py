@@ -8,7 +8,7 @@ import pytest
 from client.data import Records, SiteData
 from client.tasks import TabularClassification
 from client.training import Trainer
-from simulations.evaluation import Evaluation
+from simulations.evaluation import Evaluation, _worst
 from strategies.job_task import TaskChoice
 from strategies.parameters import Vector
 from tests.strategies.jobs import make_job
@@ -64,6 +64,11 @@ def test_means_are_over_rows_not_over_sites() -> None:
 )
 def test_names_the_worst_site(tests: dict[str, list[tuple[float, int]]], worst: str) -> None:
     assert scored(**tests).evaluation(MODEL)["worst_site"] == worst
+
+
+def test_a_site_that_does_not_define_the_headline_is_not_the_worst() -> None:
+    figures = {"a": (0.3, 0.1), "b": (None, 9.0), "c": (0.9, 0.1)}
+    assert _worst({name: {"c_index": c, "loss": loss, "rows": 2} for name, (c, loss) in figures.items()}) == "a"
 
 
 def test_one_site_alone_scores_as_it_does_among_all() -> None:

@@ -100,7 +100,8 @@ def test_a_plan_counts_the_statistics_and_the_model_card_names_them(tmp_path: Pa
     run(job, tmp_path / "run")
     assert parameter_count(load_job(job)) == len(weights_of(tmp_path / "run"))
     card = (tmp_path / "run" / "MODEL_CARD.md").read_text()
-    assert f"{len(weights_of(tmp_path / 'run'))} features, in this order:\n`missing of age`, `moments of age`" in card
+    assert "Not a model that predicts: the mean of a public function of the training rows" in card
+    assert "Blocks: `missing of age`, `moments of age`" in card
 
 
 def weights_of(run: Path) -> Any:

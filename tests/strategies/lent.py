@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.mechanism import clip_in_place
 from strategies.parameters import Parameters, Vector
 from strategies.protocol import ServerState, Strategy
 from strategies.total import Layout, Total
@@ -31,6 +32,7 @@ class Lent:
     memory: dict[str, Vector] = field(default_factory=dict)
     own: dict[str, Vector] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    clip_norm: float | None = None
     taken: int = 0
     reads: int = 0
 
@@ -62,6 +64,10 @@ class Lent:
             model = (model - np.float32(self.learning_rate) * gradient).astype(np.float32)
         return model
 
+    def bound(self, update: Vector) -> None:
+        if self.clip_norm is not None:
+            clip_in_place(update, self.clip_norm)
+
     def loss(self, model: Vector) -> float:
         self.reads += 1
         return float(0.5 * self.curvature * np.square(model - self.goal).sum())
@@ -78,6 +84,7 @@ def contribute(strategy: Strategy, received: Vector, local: Lent) -> Vector:
     after = Lent(**{**vars(local), "memory": {**before, **local.memory}})
     strategy.personalise(received, after)
     local.memory = after.memory
+    local.bound(out)  # The gate does so, whatever the strategy did.
     return np.array([*out, added.weight, *(added.scalars[name] for name in traits.scalars)], np.float32)
 
 

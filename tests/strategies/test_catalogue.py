@@ -40,6 +40,24 @@ def test_a_strategy_of_the_users_own_is_named_by_package_module_and_name() -> No
     assert strategy_for(job) == LastWins(weighting="rows", server_learning_rate=0.5, patience=7)
 
 
+class Speechless:
+    """A strategy of a user's own that does not say what it needs."""
+
+    def __init__(self, **settings: object) -> None: ...
+
+    def nothing(self, *anything: object) -> None: ...
+
+    start = broadcast = contribution = personalise = own_model = step = nothing
+
+
+def test_a_strategy_that_does_not_say_what_it_needs_is_refused() -> None:
+    with pytest.raises(
+        JobError, match=r"strategy\.name: .*:Speechless has no `traits`, .*docs/extending\.md"
+    ) as caught:
+        strategy_for(make_job(strategy={"name": f"{__name__}:Speechless"}))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_name_in_the_catalogue_resolves(name: str) -> None:
     assert callable(resolve(name, STRATEGIES, key="strategy.name"))

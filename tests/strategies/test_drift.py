@@ -62,6 +62,12 @@ class TestScaffold(StrategyContract):
         assert np.abs(averaged - wanted).max() > 0.3
         np.testing.assert_allclose(corrected, wanted, atol=1e-3)
 
+    def test_it_comes_to_the_optimum_also_when_updates_are_bounded(self) -> None:
+        # A site that is protected as a whole remembers what left, not what it would have sent.
+        clients = sites(clip_norm=0.5)
+        end = run_rounds(self.make(), START, clients, 1500)
+        np.testing.assert_allclose(end.model, optimum(clients), atol=0.01)
+
     def test_the_servers_control_variate_is_the_mean_of_the_sites(self) -> None:
         # That is what lets it be worked out from the average update; here some sites miss some rounds.
         clients, strategy = [*sites(), Lent(goal=float32(1, 1, 1), curvature=2.0)], self.make()
@@ -97,6 +103,11 @@ class TestFedDyn(StrategyContract):
         wanted = optimum(sites())
         dynamic = run_rounds(self.make(), START, sites(steps=40), 150).model
         np.testing.assert_allclose(dynamic, wanted, atol=1e-2)
+
+    def test_it_comes_to_the_optimum_also_when_updates_are_bounded(self) -> None:
+        clients = sites(clip_norm=0.5)
+        end = run_rounds(self.make(), START, clients, 1500)
+        np.testing.assert_allclose(end.model, optimum(clients), atol=0.01)
 
 
 class TestFedNova(StrategyContract):
@@ -144,6 +155,11 @@ class TestQFfl(StrategyContract):
             losses = [client.loss(model) for client in clients]
             gaps.append(max(losses) - min(losses))
         assert gaps[0] > 1.3 * gaps[1] > 1.3 * gaps[2]
+
+    @pytest.mark.parametrize("q", [200.0, 1e30])
+    def test_a_pull_beyond_all_numbers_is_left_to_the_gate_which_refuses_what_is_not_finite(self, q: float) -> None:
+        sent = contribute(QFfl(q=q, weighting="equal"), START, Lent(goal=float32(10, 20, 30)))
+        assert not np.isfinite(sent).all()
 
     @pytest.mark.parametrize("q", [0.5, 2.0])
     def test_the_quotient_is_the_papers(self, q: float) -> None:

@@ -21,6 +21,7 @@ from strategies.evaluation import (
     summarise,
 )
 from strategies.job import Job, check_job, evaluation_job, load_job
+from strategies.parameters import Parameters, vector_hash
 from tests.strategies.jobs import make_job, raw_job
 
 ONE = {"rounds": 1, "learning_rate": 1.0, "local_steps": 1, "batch_size": None, "sampling_rate": 1.0}
@@ -31,8 +32,8 @@ RECORD = {"epsilon": 1.0, "delta": 1e-3}
 
 
 def evaluation(data: dict[str, Any] | None = None, **changes: Any) -> Job:
-    raw = {"data": data or {}, "training": ONE, "evaluation": {"of": OF}, **changes}
-    return make_job(**{**raw, "evaluation": {"of": OF, **raw["evaluation"]}})
+    raw = {"training": ONE, "evaluation": {}, **changes, "data": {"stratify": False, **(data or {})}}
+    return make_job(**{**raw, "evaluation": {"of": OF, "model_hash": OF, **raw["evaluation"]}})
 
 
 def weights(job: Job, **told: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -56,7 +57,7 @@ rows = st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=
 
 class TestFigures:
     @settings(max_examples=200, deadline=None)
-    @given(rows=rows, bins=st.sampled_from([2, 10, 100]))
+    @given(rows=rows, bins=st.sampled_from([10, 20, 100]))
     def test_of_two_classes_are_scikit_learn_s_within_their_bounds(
         self, rows: list[tuple[float, bool]], bins: int
     ) -> None:
@@ -118,7 +119,7 @@ class TestFigures:
         predicted = np.clip(y + rng.normal(size=500) * 4, -10, 30)
         e, u = np.abs(predicted - y), (y - 10) / 20
         cells = np.bincount(np.clip(np.ceil(e / 40 * 100) - 1, 0, 99).astype(int), minlength=100) / 500
-        moments = [np.mean(x) for x in (e / 40, (e / 40) ** 2, u, u * u, np.abs(y) / 30)]
+        moments = [np.mean(x) for x in (e / 40, (e / 40) ** 2, u, u * u, np.abs(y) / 30, 0 * y)]
         job = evaluation(NUMBER)
         said = summarise(job, weights(job, errors=np.concatenate([cells, moments])), noise=0.0)["figures"]
         assert said["rmse"]["value"] == pytest.approx(metrics.root_mean_squared_error(y, predicted))
@@ -162,6 +163,79 @@ class TestFigures:
             assert told[name]["se"] == pytest.approx(np.std(values), rel=0.15)
             assert told[name]["value"] == pytest.approx(np.mean(values), abs=3 * told[name]["se"])
 
+    @pytest.mark.parametrize("largest", [1.0, 10.0])
+    def test_the_noise_of_a_mean_loss_is_that_of_its_rows_too(self, largest: float) -> None:
+        rng = np.random.default_rng(4)
+        job = evaluation(evaluation={"largest_loss": largest}, privacy={"record": RECORD})
+        p, y = rng.random(2000), rng.random(2000) < 0.5
+        mean, noise = weights(job, scores=cells_of(p, y, 100), loss=np.array([0.7 / largest])), 2e-4
+        told = summarise(job, mean, noise=noise)["figures"]["loss"]
+        drawn = [
+            summarise(job, mean + rng.normal(0, noise, mean.shape), noise=noise)["figures"]["loss"]["value"]
+            for _ in range(300)
+        ]
+        assert told["value"] == pytest.approx(0.7)
+        assert told["se"] == pytest.approx(np.std(drawn), rel=0.15)
+
+    def test_quantiles_of_an_error_have_the_noise_of_their_cells(self) -> None:
+        rng = np.random.default_rng(5)
+        job = evaluation(NUMBER, evaluation={"bins": 50}, privacy={"record": RECORD})
+        cells = np.exp(-np.arange(50) / 10)
+        mean, noise = weights(job, errors=np.concatenate([cells / cells.sum(), np.zeros(6)])), 4e-4
+        told = summarise(job, mean, noise=noise)["figures"]
+        drawn = [summarise(job, mean + rng.normal(0, noise, mean.shape), noise=noise)["figures"] for _ in range(200)]
+        for name in ("median_error", "error_90"):
+            assert told[name]["se"] == pytest.approx(np.std([said[name]["value"] for said in drawn]), rel=0.4)
+
+    def test_a_calibration_error_is_none_under_noise_which_only_adds_to_it(self) -> None:
+        job = evaluation(privacy={"record": RECORD})
+        p = np.linspace(0.01, 0.99, 500)
+        mean = weights(job, scores=cells_of(p, p > 0.5, 100))
+        assert summarise(job, mean, noise=1e-6)["figures"]["calibration_error"] is None
+        assert summarise(job, mean, noise=0.0)["figures"]["calibration_error"]["value"] > 0.1
+
+    @settings(max_examples=300, deadline=None)
+    @given(errors=st.lists(st.floats(0, 40), min_size=1, max_size=30))
+    def test_a_quantile_of_errors_lies_between_its_bounds_also_in_float32(self, errors: list[float]) -> None:
+        e = np.array(errors)
+        cells = np.bincount(np.clip(np.ceil(e / 40 * 10) - 1, 0, 9).astype(int), minlength=10) / len(e)
+        job = evaluation(NUMBER, evaluation={"bins": 10})
+        mean = weights(job, errors=np.concatenate([cells, np.zeros(6)])).astype(np.float32).astype(float)
+        said = summarise(job, mean, noise=0.0)["figures"]
+        for name, share in (("median_error", 0.5), ("error_90", 0.9)):
+            exact = np.quantile(e, share, method="inverted_cdf")
+            assert said[name]["low"] - 1e-6 <= exact <= said[name]["high"] + 1e-6
+
+    def test_a_fit_of_targets_that_float32_cannot_tell_apart_is_none_or_within_its_bounds(self) -> None:
+        rng = np.random.default_rng(6)
+        for middle, wide in ((37.0, 1.0), (5e4, 300.0), (5e5, 1e5)):
+            low, high = 0.0, 1e6 if middle > 1000 else 1000.0
+            y = middle + rng.uniform(-wide, wide, 500)
+            predicted = y + rng.normal(0, wide / 4, 500)
+            u, e = (y - (low + high) / 2) / ((high - low) / 2), np.abs(predicted - y) / (high - low)
+            moments = np.array([e.mean(), (e**2).mean(), u.mean(), (u * u).mean(), np.abs(y).mean() / high, 0])
+            job = evaluation({"target_type": "number", "target_range": [low, high]}, evaluation={"bins": 10})
+            errors = np.concatenate([np.eye(10)[0], moments])
+            told = summarise(job, weights(job, errors=errors).astype(np.float32).astype(float), noise=0.0)["figures"]
+            if told["r2"] is not None:
+                assert told["r2"]["low"] <= metrics.r2_score(y, predicted) <= told["r2"]["high"]
+
+    @settings(max_examples=200, deadline=None)
+    @given(own=st.lists(st.floats(0, 1), min_size=1, max_size=25))
+    def test_sites_are_spread_as_their_cells_say(self, own: list[float]) -> None:
+        job, figures = evaluation(evaluation={"sites": 10}), np.array(own)
+        cells = np.append(np.bincount(np.clip(np.ceil(figures * 10) - 1, 0, 9).astype(int), minlength=10), 0)
+        mean = np.zeros(size_of(job))
+        for block in blocks_of(job):
+            if block.kind == "sites accuracy":
+                mean[block.slice] = cells / 1000
+        said = summarise(job, (mean * scale_of(job)).astype(np.float32).astype(float), noise=0.0)["by_site"]["accuracy"]
+        for key, share in (("lowest_tenth", 0.1), ("median", 0.5), ("highest_tenth", 0.9)):
+            exact = np.quantile(figures, share, method="inverted_cdf")
+            assert said[key]["low"] - 1e-6 <= exact <= said[key]["high"] + 1e-6
+        assert said["worst"]["low"] - 1e-6 <= figures.min() <= said["worst"]["high"] + 1e-6
+        assert said["undefined"] == 0
+
     def test_that_noise_drowns_are_none(self) -> None:
         job = evaluation(privacy={"record": RECORD})
         said = summarise(job, np.zeros(size_of(job)), noise=1.0)
@@ -199,7 +273,7 @@ class TestJob:
             ({"data": TIME}, "give evaluation.times"),
             ({"evaluation": {"times": [1.0]}}, 'times is for target_type = "time"'),
             ({"data": TIME, "evaluation": {"times": [2.0, 1.0]}}, "times must rise"),
-            ({"evaluation": {"bins": 7}}, "evaluation.bins"),
+            ({"evaluation": {"bins": 12}}, "evaluation.bins"),
             ({"evaluation": {"of": "mine"}}, "evaluation.of"),
             ({"evaluation": {"groups": {"sex": {}}}}, "exactly one of values and edges"),
             ({"evaluation": {"groups": {"sex": {"edges": [3, 1]}}}}, "edges must rise"),
@@ -238,6 +312,7 @@ class TestRun:
         trained, job = make_job(seed=7, data={"folder": "/records"}), evaluation_job(run)
         assert job.evaluation is not None
         assert (job.evaluation.of, job.evaluation.run) == (trained.hash, str(run.resolve()))
+        assert job.evaluation.model_hash == vector_hash(MODEL)
         assert (job.task, job.seed, job.name) == (trained.task, 7, "smallest-evaluation")
         assert job.data == trained.data.model_copy(update={"stratify": True})
         assert job.evaluated.data == job.data
@@ -246,8 +321,13 @@ class TestRun:
     def test_with_privacy_splits_as_the_model_s_job_did(self, tmp_path: Path) -> None:
         private = finished(tmp_path / "private", make_job(privacy={"record": RECORD}))
         assert evaluation_job(private).data.stratify is False
-        settings = ["privacy.record={epsilon=1.0, delta=1e-5}"]
-        assert evaluation_job(finished(tmp_path / "plain", make_job()), settings).data.stratify is True
+        plain, settings = finished(tmp_path / "plain", make_job()), ["privacy.record={epsilon=1.0, delta=1e-5}"]
+        assert evaluation_job(plain).data.stratify is True
+        # There the label of a row decides which others are tested: noise for one row would not cover it.
+        with pytest.raises(JobError, match=r"privacy.record with data.stratify: .*train the model"):
+            evaluation_job(plain, settings)
+        apart = finished(tmp_path / "apart", make_job(data={"stratify": False}))
+        assert evaluation_job(apart, settings).privacy.record is not None
 
     def test_is_found_beside_the_file_that_names_it(self, run: Path) -> None:
         (run.parent / "job.toml").write_text('name = "mine"\n[evaluation]\nrun = "run"\n[data]\npath = "other.csv"\n')
@@ -260,6 +340,9 @@ class TestRun:
         ("settings", "said"),
         [
             (["data.target=z"], r"data\.target: an evaluation reads rows as the model's job did"),
+            (["simulation=3"], "simulation: should be a table, got 3"),
+            (["data=3"], "data: should be a table, got 3"),
+            (["data.folder=3"], "data.folder: should be text, got 3"),
             (["task.model=mlp"], "task: an evaluation has the task of the job"),
             (["evaluation.model=own"], 'strategy.name = "fedavg" leaves no site a model of its own'),
         ],
@@ -284,17 +367,20 @@ class TestRun:
             read_evaluation(run)
 
     def test_file_of_figures_is_read_again_and_no_other(self, tmp_path: Path) -> None:
-        (tmp_path / "a.json").write_text('{"v": 1, "figures": {"auc": null}}')
+        (tmp_path / "a.json").write_text('{"v": 1, "model": "own", "of": "a", "figures": {"auc": null}, "groups": {}}')
         assert read_evaluation(tmp_path / "a.json")["figures"] == {"auc": None}
         (tmp_path / "b.json").write_text('{"v": 1, "columns": {}}')
         with pytest.raises(RunError, match="not what `fedchorus evaluate --json` writes"):
             read_evaluation(tmp_path / "b.json")
 
 
+MODEL = np.array([1.0, 2.0], np.float32)
+
+
 def finished(folder: Path, job: Job) -> Path:
     folder.mkdir()
     (folder / "job.toml").write_bytes(job.toml)
-    (folder / "model.safetensors").touch()
+    Parameters({"x": (2,)}).save(MODEL, folder / "model.safetensors", {"job": job.hash, "round": "2"})
     return folder
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from privacy.errors import JobError
 from strategies.catalogue import strategy_for
+from strategies.composition import check_sites
+from strategies.fedavg import FedAvg
 from strategies.fedbuff import FedBuff
-from strategies.protocol import Strategy
+from strategies.protocol import Strategy, Traits
 from tests.strategies.contract import StrategyContract
 from tests.strategies.jobs import make_job
 
@@ -50,11 +53,44 @@ def test_it_runs_on_the_clock_of_a_simulation_with_privacy_for_records() -> None
         ({"training": {"weak": {"a": 0.5}}}, "with training.weak"),
         ({"robust": {"reduce": "median"}}, r"with \[robust\]"),
         ({"simulation": {}}, r"without \[simulation.devices\]"),
+        ({"cohort": {"minimum": 6}}, r"with cohort\.minimum = 6: .*set strategy\.buffer = 6 or more"),
     ],
 )
 def test_what_needs_a_cohort_is_refused_with_what_would_do(changes: dict[str, Any], why: str) -> None:
     with pytest.raises(JobError, match=why):
         make_job(**{"strategy": {"name": "fedbuff"}, **DEVICES, **changes})
+
+
+def test_a_least_number_of_answers_that_fills_the_buffer_is_taken() -> None:
+    job = make_job(strategy={"name": "fedbuff", "buffer": 7}, cohort={"minimum": 7}, **DEVICES)
+    assert strategy_for(job).traits.asynchronous
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hasty(FedAvg):
+    """A strategy of a user's own that only says that it has no rounds."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(asynchronous=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh(FedBuff):
+    """One that is derived from FedBuff."""
+
+
+def test_only_what_is_derived_from_it_may_say_that_it_has_no_rounds() -> None:
+    with pytest.raises(JobError, match=r"its traits say asynchronous, .*derive it from that, or leave asynchronous"):
+        strategy_for(make_job(strategy={"name": f"{__name__}:Hasty"}, **DEVICES))
+    assert strategy_for(make_job(strategy={"name": f"{__name__}:Fresh"}, **DEVICES)) == Fresh()
+
+
+def test_a_buffer_of_more_than_all_sites_is_refused_before_anything_is_written() -> None:
+    job = make_job(strategy={"name": "fedbuff", "buffer": 4}, **DEVICES)
+    with pytest.raises(JobError, match=r"strategy\.buffer: a step takes 4 contributions, .* has 3; lower it to 3"):
+        check_sites(job, ["a", "b", "c"], strategy_for(job))
+    check_sites(job, ["a", "b", "c", "d"], strategy_for(job))
 
 
 def test_a_job_that_travels_to_a_deployment_is_refused_there() -> None:

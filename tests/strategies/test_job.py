@@ -91,6 +91,20 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["training.rounds=0"], ["training.rounds: should be greater than 0", "got 0"]),
     (["training.learning_rate=nan"], ["training.learning_rate: should be a finite number", "got nan"]),
     (["training.learning_rate=0"], ["training.learning_rate: should be greater than 0", "got 0"]),
+    (["training.learning_rate=1e300"], ["training.learning_rate: should be less than or equal to 3", "got 1e+300"]),
+    (["training.weight_decay=1e300"], ["training.weight_decay: should be less than or equal to 3", "got 1e+300"]),
+    (["strategy={name='fedprox', mu=1e300}"], ["strategy.mu: should be less than or equal to 3", "got 1e+300"]),
+    (["strategy={name='pfedme', lam=1e300}"], ["strategy.lam: should be less than or equal to 3", "got 1e+300"]),
+    (
+        ["strategy={name='feddyn', weighting='equal', alpha=1e300}"],
+        ["strategy.alpha: should be less than or equal to 3", "got 1e+300"],
+    ),
+    (["training.budget_s=1e308"], ["training.budget_s: should be less than or equal to 3", "got 1e+308"]),
+    (["training.rounds=1" + "0" * 400], ["training.rounds: should be less than or equal to 9007199254740992"]),
+    (
+        ["training={rounds=1, learning_rate=0.1, local_epochs=1, sampling_rate=1e-310}"],
+        ["training: local_epochs = 1 with sampling_rate = 1e-310 are inf steps", "raise sampling_rate, or give"],
+    ),
     (["training.weight_decay=-1e-9"], ["training.weight_decay: should be greater than or equal to 0", "got -1e-09"]),
     (["training.batch_size=none", "training.sampling_rate=1.5"], ["training.sampling_rate", "equal to 1", "got 1.5"]),
     ([PRIVATE, "privacy.record.epsilon=0"], ["privacy.record.epsilon: should be greater than 0", "got 0"]),
@@ -270,7 +284,8 @@ FORECASTING: dict[str, Any] = raw_job(
 EVALUATING: dict[str, Any] = {
     **raw_job(),
     "training": {"rounds": 1, "local_steps": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
-    "evaluation": {"of": "a" * 64, "groups": {"sex": {"values": ["F", "M"]}}},
+    "data": {**raw_job()["data"], "stratify": False},
+    "evaluation": {"of": "a" * 64, "model_hash": "a" * 64, "groups": {"sex": {"values": ["F", "M"]}}},
 }
 
 
@@ -404,7 +419,7 @@ def raw_jobs(draw: st.DrawFn) -> dict[str, Any]:
         "data": {**source, "target": target, "columns": columns, "missing": draw(st.lists(st.text(max_size=4)))},
         "training": {
             "rounds": draw(st.integers(1, 10**12)),
-            "learning_rate": draw(st.floats(1e-300, 1e300)),
+            "learning_rate": draw(st.floats(1e-300, 3e38)),
             **draw(st.sampled_from([{"local_steps": 3}, {"local_epochs": 2}])),
             **draw(st.sampled_from([{"batch_size": 8}, {"sampling_rate": 0.1}])),
         },
@@ -473,7 +488,7 @@ BUNDLED = ["data.path=none", "data.client=none", "data.bundled=breast-cancer"]
 FILES = ["data.path=none", "data.client=none"]
 CLIENT = ["strategy.weighting=equal", "privacy.client={epsilon=1, delta=1e-5}"]
 SUMS = "secure_aggregation={}"
-MEASURED = ["training=none", f"evaluation={{of='{'a' * 64}'}}"]
+MEASURED = ["training=none", f"evaluation={{of='{'a' * 64}', model_hash='{'a' * 64}'}}", "data.stratify=false"]
 PHONES = "simulation.devices={phone={share=1.0}}"
 SERIES = [
     "data.target_type=number",
@@ -653,6 +668,7 @@ VARIANTS: list[list[str]] = [
     ["robust.memory_mib=9"],
     MEASURED,
     [*MEASURED, f"evaluation.of='{'b' * 64}'"],
+    [*MEASURED, f"evaluation.model_hash='{'b' * 64}'"],
     [*MEASURED, "evaluation.run=elsewhere"],
     [*MEASURED, "evaluation.model=own"],
     [*MEASURED, "evaluation.bins=20"],

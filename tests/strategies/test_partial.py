@@ -73,6 +73,15 @@ def test_it_is_the_average_of_each_parameter_over_those_who_trained_it(
         assert model[place] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_two_shares_that_are_nearly_the_same_are_two() -> None:
+    shares = (0.333333, 0.3333333)
+    sites = [Weak(goal=START, arrives=float32(1, 1, 1, 1), rows=10)]
+    for share, rows in zip(shares, (20, 30), strict=True):
+        sites.append(Weak(goal=START, arrives=float32(9, 9, 4, 4), rows=rows, share=share))
+    model = run_round(PartialAverage(FedAvg(), shares), FedAvg().start(START, sites=3), sites).model
+    np.testing.assert_allclose(model, [1, 1, 210 / 60, 210 / 60], rtol=1e-6)
+
+
 @pytest.mark.parametrize("inner", [FedAvg(), FedAvgM(momentum=0.5)])
 def test_where_nobody_is_weak_it_is_the_strategy_inside(inner: Strategy) -> None:
     sites = [Weak(goal=float32(1, 2, 3, 4)), Weak(goal=float32(-1, 0, 2, 2), rows=30)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 import torch
 
 from privacy.errors import JobError
+from strategies.catalogue import strategy_for
 from strategies.ditto import Ditto
 from strategies.fedavg import FedAvg
 from strategies.fedper import FedBn, FedPer, FedPerAdam, FedRep
 from strategies.ifca import Ifca
-from strategies.parameters import Parameters
+from strategies.parameters import Parameters, Vector
 from strategies.pfedme import PFedMe
 from strategies.protocol import Strategy
 from tests.strategies.contract import StrategyContract
+from tests.strategies.jobs import make_job
 from tests.strategies.lent import Lent, contribute, float32, run_rounds
 
 START = float32(0, 0, 0)
@@ -80,6 +83,30 @@ class TestFedPerAdam(Layered):
 class TestFedRep(Layered):
     def make(self) -> Strategy:
         return FedRep(own_share=0.25)
+
+    @pytest.mark.parametrize(("share", "steps", "first"), [(0.0, 5, 1), (0.5, 2, 1), (0.5, 3, 2), (0.99, 9, 8)])
+    def test_each_part_is_trained_for_a_step_at_least(self, share: float, steps: int, first: int) -> None:
+        local = Parted(goal=float32(1, 2, 3), steps=steps, shapes={**LAYERS})
+        FedRep(own_share=share).contribution(START, local, np.zeros(3, np.float32))
+        assert local.parts == [([2], first), ([0, 1], steps - first)]
+
+    def test_a_site_of_one_step_takes_it_with_both_parts_at_once(self) -> None:
+        local = self.site(steps=1)
+        sent = contribute(FedRep(), START, local)
+        assert local.taken == 1
+        assert sent[:2].all()
+        assert local.memory["own"][2] != 0
+
+
+@dataclass
+class Parted(Lent):
+    """Keeps which parameters each training moved, and for how many steps."""
+
+    parts: list[tuple[list[int], int]] = field(default_factory=list)
+
+    def fit(self, start: Vector, **given: Any) -> Vector:
+        self.parts.append((np.flatnonzero(~given["frozen"]).tolist(), given["steps"]))
+        return super().fit(start, **given)
 
 
 class TestFedBn(Layered):
@@ -162,6 +189,11 @@ class TestIfca(StrategyContract):
         before = state.memory["models"].reshape(2, 3)[1].copy()
         end = run_rounds(strategy, START, clients, 3)
         np.testing.assert_array_equal(end.memory["models"].reshape(2, 3)[1], before)
+
+    def test_more_models_than_a_message_should_carry_are_refused(self) -> None:
+        with pytest.raises(JobError, match=r"strategy\.clusters: should be less than or equal to 64, got 65"):
+            make_job(strategy={"name": "ifca", "clusters": 65})
+        assert strategy_for(make_job(strategy={"name": "ifca", "clusters": 64})) == Ifca(clusters=64)
 
     def test_the_same_model_starts_the_same_clusters(self) -> None:
         first, second = (self.make().start(float32(1, 2, 3), sites=2).memory["models"] for _ in range(2))

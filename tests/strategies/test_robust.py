@@ -364,6 +364,14 @@ class TestJobs:
             ({"robust": {"reduce": "median"}, "strategy": {"name": "fednova"}}, 'strategy.name = "fednova"'),
             ({"robust": {"max_norm": 2.0}, "strategy": {"name": "q-ffl", **EQUAL}}, 'strategy.name = "q-ffl"'),
             (
+                {"robust": {"max_norm": 1.0}, "strategy": {"name": "feddyn", "weighting": "equal"}},
+                "what its sites remember has to match what the server added up",
+            ),
+            (
+                {"robust": {"reduce": "median"}, "strategy": {"name": "scaffold"}},
+                'take "fedavg", "fedadam" or "fedprox"',
+            ),
+            (
                 {
                     "data": {"target_type": "number", "target_range": [0, 1]},
                     "task": {"name": "tabular-regression"},
@@ -395,7 +403,6 @@ class TestJobs:
             {"privacy": {"record": PRIVATE}},
             {"privacy": {"client": {**PRIVATE, "placement": "local"}}, "strategy": EQUAL},
             {"strategy": {"name": "fedadam"}},
-            {"strategy": {"name": "scaffold", **EQUAL}},
             {"cohort": {"size": 5}},
             {"secure_aggregation": {"groups": 5}},
             {

@@ -63,6 +63,13 @@ class TestJob:
             ({"training": {**ONE, "local_steps": 2}}, r"training\.local_steps"),
             ({"training": {**ONE, "weight_decay": 0.1}}, r"training\.weight_decay"),
             ({"training": {**ONE, "sampling_rate": None, "batch_size": 10**6}}, r"training\.sampling_rate"),
+            ({"training": {**ONE, "schedule": {"warmup": 1}}}, r"training\.schedule: .*leave out \[training\]"),
+            ({"training": {**ONE, "weak": {"a": 0.5}}}, r"training\.weak: "),
+            ({"training": {**ONE, "work": {"a": 1}}}, r"training\.work: "),
+            ({"cohort": {"size": 2}}, r"cohort\.size: statistics are of all sites"),
+            ({"robust": {"reduce": "median"}}, r"robust: statistics are a mean"),
+            ({"robust": {"max_norm": 0.1}}, r"leave \[robust\] out"),
+            ({"simulation": {"devices": {"a": {"share": 1.0, "trains": 0.5}}}}, r"leave out trains"),
             ({"strategy": {"weighting": "equal"}}, r'a mean over rows: .*weighting = "rows"'),
             ({"strategy": {"server_learning_rate": 0.5}}, r"no server_learning_rate"),
             ({"privacy": {"record": {**RECORD, "clip_norm": 0.5}}}, r"a smaller clip_norm would clip them"),
@@ -179,12 +186,37 @@ class TestSummary:
         for at in range(3):
             values = np.array([age["quartiles"][at] for age in ages])
             assert np.median([age["se"]["quartiles"][at] for age in ages]) == pytest.approx(values.std(), rel=0.3)
-        shares = np.array([told["columns"]["blood"]["shares"]["A"] for told in drawn])
-        assert np.median([told["columns"]["blood"]["se"]["share"] for told in drawn]) == pytest.approx(
-            shares.std(), rel=0.35
-        )
+        bloods = [told["columns"]["blood"] for told in drawn]
+        for value in ("A", "B", "O"):
+            shares = np.array([blood["shares"][value] for blood in bloods])
+            assert np.median([blood["se"]["shares"][value] for blood in bloods]) == pytest.approx(
+                shares.std(), rel=0.15
+            )
         missing = np.array([age["missing"] for age in ages])
         assert drawn[0]["se_of_a_share"] == pytest.approx(missing.std(), rel=0.15)
+
+    @pytest.mark.parametrize(("top", "values"), [(0.9, 20), (0.95, 50), (0.9, 2), (0.1, 8)])
+    def test_the_standard_error_of_a_share_counts_the_noise_of_all_cells_in_the_sum(
+        self, top: float, values: int
+    ) -> None:
+        names = [f"v{number}" for number in range(values)]
+        column = {"c": {"type": "category", "values": names}, "x": {"range": [0, 1]}}
+        job, noise = statistics_job(data={"columns": column}, task={"name": "statistics", "bins": values}), 1e-3
+        cells = [0.9 * top, *[0.9 * (1 - top) / (values - 1)] * (values - 1)]
+        exact = weights_of(job, c_categories=[*cells, 0.0, 0.1], x_histogram=[0.0, *cells, 0.0], x_missing=[0.1])
+        rng = np.random.default_rng(0)
+        drawn = [
+            summarise(job, (exact + rng.normal(0, noise, len(exact))).astype(np.float32), noise=noise)["columns"]
+            for _ in range(600)
+        ]
+        for at in (0, 1):
+            shares = [told["c"]["shares"][names[at]] for told in drawn if 0 < told["c"]["shares"][names[at]] < 1]
+            stated = np.median([told["c"]["se"]["shares"][names[at]] for told in drawn])
+            if at == 0:  # A small share is cut off at zero.
+                assert stated == pytest.approx(np.std(shares), rel=0.1)
+            cells_of = [told["x"]["histogram"][at] for told in drawn]
+            stated = np.median([told["x"]["se"]["histogram"][at] for told in drawn])
+            assert stated == pytest.approx(np.std(cells_of), rel=0.1)
 
     @pytest.mark.parametrize("noise", [1.0, 1e3])
     def test_what_is_lost_in_noise_is_none_and_never_nonsense(self, noise: float) -> None:
@@ -203,7 +235,24 @@ class TestSummary:
         job = statistics_job(task={"name": "statistics", "statistics": ["moments"]})
         assert summarise(job, weights_of(job, age_missing=[1.0]), noise=0.0)["columns"]["age"]["mean"] is None
         constant = summarise(job, weights_of(job, age_moments=[0.5, 0.25]), noise=0.0)["columns"]["age"]
-        assert (constant["mean"], constant["sd"]) == (pytest.approx(75), 0)
+        # Whether there is none at all, float32 weights do not tell.
+        assert (constant["mean"], constant["sd"]) == (pytest.approx(75), None)
+
+    @pytest.mark.parametrize("noise", [0.0, None])
+    def test_a_spread_that_is_small_in_a_wide_range_is_unknown_and_not_zero(self, noise: float | None) -> None:
+        job = statistics_job(data={"columns": {"age": {"range": [0, 10_000]}}})
+        u = (np.random.default_rng(1).normal(500, 1, 1000) - 5000) / 5000
+        moments = {"age_moments": [float(u.mean()), float((u * u).mean())]}
+        told = summarise(job, weights_of(job, **moments), noise=noise)["columns"]["age"]
+        assert (told["mean"], told["sd"], told["se"]["sd"]) == (pytest.approx(500, abs=0.1), None, None)
+
+    def test_a_column_that_is_missing_at_every_site_reads_as_unknown(self) -> None:
+        job = statistics_job(task={"name": "statistics", "bins": 4})
+        told = summarise(job, weights_of(job, age_missing=[1.0], blood_categories=[0, 0, 0, 0, 1.0]), noise=0.0)
+        age, blood = told["columns"]["age"], told["columns"]["blood"]
+        assert (age["missing"], age["mean"], age["quartiles"]) == (pytest.approx(1), None, [None] * 3)
+        assert age["histogram"] == age["se"]["histogram"] == [None] * 4
+        assert (blood["shares"]["A"], blood["se"]["shares"]["A"]) == (None, None)
 
     def test_a_model_of_another_job_is_refused(self) -> None:
         with pytest.raises(RunError, match="not its model"):
@@ -242,6 +291,12 @@ class TestUse:
         own = {**COLUMNS, "blood": {"type": "category", "values": ["A", "B", "O"], "fill": "O"}}
         assert load_job(write_job(tmp_path, columns=own)).data.columns["blood"].fill == "O"
 
+    def test_what_no_statistics_job_measures_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "stats.json").write_text(json.dumps(SAID))
+        others = {"note": {"type": "text", "buckets": 8}, "article": {"type": "id", "count": 9}}
+        columns = load_job(write_job(tmp_path, columns={**COLUMNS, **others}, on_missing="refuse")).data.columns
+        assert (columns["age"].mean, columns["note"].fill, columns["article"].fill) == (54.5, None, None)
+
     def test_a_number_whose_spread_is_lost_in_noise_keeps_its_range(self, tmp_path: Path) -> None:
         age = {**SAID["columns"]["age"], "sd": None}
         (tmp_path / "stats.json").write_text(json.dumps({**SAID, "columns": {**SAID["columns"], "age": age}}))
@@ -259,10 +314,27 @@ class TestUse:
             (json.dumps(SAID), {"blood": {"range": [0, 1]}}, "did not measure 'blood' as a number"),
             (json.dumps(SAID), {"age": {"range": [0, 120]}}, "measured 'age' over another range"),
             (json.dumps(SAID), {"age": 3}, "should be a table"),
+            (json.dumps(SAID), 5, r"data\.columns: should be a table"),
+            (json.dumps(SAID), "abc", r"data\.columns: should be a table"),
+            (json.dumps(SAID), {"age": {"range": 5}}, r"columns\.age\.range"),
+            (json.dumps(SAID), {"age": {"range": ["a", "b"]}}, r"columns\.age\.range"),
+            (json.dumps(SAID), {"blood": {"type": "category", "values": 5}}, r"columns\.blood\.values"),
+            (json.dumps(SAID), {"blood": {"type": ["category"], "values": ["A"]}}, r"columns\.blood\.type"),
+            *(
+                (json.dumps({"v": 1, "columns": {"blood": own}}), COLUMNS, "its figures of 'blood' are not as")
+                for own in (
+                    5,
+                    {"type": "category", "shares": [1]},
+                    {"type": "category", "shares": {"A": "z", "B": 1}},
+                    {"type": "category", "shares": {"A": [1]}},
+                    {"type": "number", "mean": "m", "sd": 1},
+                    {"type": "number", "mean": True},
+                )
+            ),
         ],
     )
     def test_what_does_not_fit_the_job_is_refused(
-        self, tmp_path: Path, content: str | None, columns: dict[str, Any], said: str
+        self, tmp_path: Path, content: str | None, columns: Any, said: str
     ) -> None:
         if content is not None:
             (tmp_path / "stats.json").write_text(content)

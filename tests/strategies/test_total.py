@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.parameters import Vector
-from strategies.total import Layout, Total
+from strategies.total import Layout, Total, training_loss
 
 LAYOUT = Layout(3, ("loss", "examples"))
 INTEGERS = st.lists(st.integers(-(2**18), 2**18), min_size=LAYOUT.size, max_size=LAYOUT.size)
@@ -23,6 +23,14 @@ def add_all(contributions: list[Vector]) -> Total:
 def whole(total: Total) -> Vector:
     """A total as the contribution of a region. Small integers pass through float32 unchanged."""
     return np.array([*total.update, total.weight, *total.metrics.values()], np.float32)
+
+
+@pytest.mark.parametrize(("examples", "loss"), [(4.0, 1.5), (0.0, None), (-3.0, None)])
+def test_a_training_loss_is_none_where_what_sites_claim_is_nothing_to_divide_by(
+    examples: float, loss: float | None
+) -> None:
+    assert training_loss({"loss": 6.0, "examples": examples}) == loss
+    assert training_loss({"examples": examples}) is None
 
 
 def test_a_contribution_is_the_update_then_the_weight_then_the_metric_sums() -> None:
