@@ -74,6 +74,11 @@ class Judge:
             self._task, features=len(feature_names(job.data)), classes=class_count(job.data), seed=job.seed
         )
         self._trainer = Trainer(self._task, model, job.training)
+        if getattr(self._task, "coupled", False) and self._kind != "time" and job.privacy.record is not None:
+            raise JobError(
+                "evaluation with privacy.record: the task's loss couples the records of a batch, so that no noise for "
+                "one row covers it; take privacy.client, or [secure_aggregation] alone"
+            )
         wanted = {"number": ("natural", "wanted"), "time": ("risk",)}.get(self._kind, ())
         if missing := [name for name in wanted if not hasattr(self._task, name)]:
             raise JobError(f"evaluation: task {job.task.name!r} has no method {missing[0]} (docs/extending.md)")

@@ -134,7 +134,7 @@ def evaluate(
     """
     from privacy.errors import JobError
     from simulations.simulate import start_run
-    from strategies.evaluation import read_evaluation
+    from strategies.figures import read_evaluation
     from strategies.job import evaluation_job, stored_job
 
     measured = run

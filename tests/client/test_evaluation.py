@@ -243,6 +243,17 @@ def test_a_site_whose_rows_are_incomplete_takes_part(complete: int) -> None:
     assert len(found["scores", "", 0]) == 1
 
 
+class Coupled(OwnTask):
+    coupled = True
+
+
+def test_a_loss_that_couples_records_is_refused_with_record_level_privacy() -> None:
+    task, private = {"name": f"{__name__}:Coupled"}, {"record": {"epsilon": 1.0, "delta": 1e-3}}
+    with pytest.raises(JobError, match=r"evaluation with privacy\.record: the task's loss couples"):
+        Judge(evaluation(task=task, privacy=private))
+    Judge(evaluation(task=task))
+
+
 def test_a_model_of_another_job_is_refused() -> None:
     job = evaluation()
     with pytest.raises(JobError, match="the model has 3 parameters, the task 2"):

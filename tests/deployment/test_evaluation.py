@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 
 from privacy.errors import JobError, Refused
 from server.jobs import JobFolder
-from strategies.evaluation import read_evaluation
+from strategies.figures import read_evaluation
 from strategies.job import Job, evaluation_job
 from strategies.messages import Deliver
 from strategies.parameters import Parameters, vector_hash

@@ -17,7 +17,7 @@ from privacy.audit import audit_run
 from privacy.errors import JobError
 from simulations.report import render_report
 from simulations.simulate import Watcher, start_run
-from strategies.evaluation import read_evaluation
+from strategies.figures import read_evaluation
 from strategies.job import Job, check_job, evaluation_job
 from tests.simulations.test_task_runs import job_of, tables
 

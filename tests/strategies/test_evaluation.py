@@ -11,15 +11,8 @@ from sklearn import metrics
 
 from client.scores import c_index
 from privacy.errors import JobError, RunError
-from strategies.evaluation import (
-    blocks_of,
-    confusion_figures,
-    pair_figures,
-    read_evaluation,
-    scale_of,
-    size_of,
-    summarise,
-)
+from strategies.evaluation import blocks_of, scale_of, size_of
+from strategies.figures import confusion_figures, pair_figures, read_evaluation, summarise
 from strategies.job import Job, check_job, evaluation_job, load_job
 from strategies.parameters import Parameters, vector_hash
 from tests.strategies.jobs import make_job, raw_job
