@@ -265,7 +265,7 @@ class TestLies:
         assert len(drawn) == 4
 
     def test_are_finite_however_large(self) -> None:
-        lied = lie(attack="scaled", scale=1e300)(HONEST, 1)
+        lied = lie(attack="scaled", scale=3e38)(HONEST, 1)
         assert np.isfinite(lied).all()
         reply = Reply("north", JOB, 5, lied, None)
         check_reply(reply, ask=ask(5), site="north", layout=LAYOUT)
