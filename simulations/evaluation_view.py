@@ -83,11 +83,7 @@ def _spread(name: str, spread: Mapping[str, Any]) -> Table:
 
 
 def _footing(said: Mapping[str, Any]) -> str:
-    rows, sites = shown.count(said.get("rows")), shown.count(said.get("sites"))
-    mean = "each row counts alike" if said.get("weighting") == "rows" else "each site counts alike, whatever its rows"
-    lines = [f"{rows} test rows of {sites} sites; {mean}; model of job {said['of'][:12]}"]
-    for unit, epsilon in said.get("epsilon", {}).items():
-        lines.append(f"{unit}-level epsilon spent: {shown.upward(epsilon)}; ± is the standard error from the noise")
+    lines = shown.of_whom(said, "test rows", f"model of job {said['of'][:12]}")
     if not said.get("epsilon"):
         lines.append("the sums are exact: nothing bounds what they tell about one row (privacy.record would)")
     if said["groups"] and said.get("smallest") is not None:

@@ -1,9 +1,10 @@
 """Figures as text for the report: one that a run does not have reads "-", an infinite one "∞"."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from numbers import Real
+from typing import Any
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -63,6 +64,15 @@ def upward(value: object) -> str:
         return power if digits == "1" else f"{digits} × {power}"
 
     return number(value, form)
+
+
+def of_whom(said: Mapping[str, Any], rows: str, job: str) -> list[str]:
+    """Lines on whose `rows` a job measured, how they count, and what it spent (`strategies.measured.Finished.said`)."""
+    mean = "each row counts alike" if said.get("weighting") == "rows" else "each site counts alike, whatever its rows"
+    lines = [f"{count(said.get('rows'))} {rows} of {count(said.get('sites'))} sites; {mean}; {job}"]
+    for unit, epsilon in said.get("epsilon", {}).items():
+        lines.append(f"{unit}-level epsilon spent: {upward(epsilon)}; ± is the standard error from the noise")
+    return lines
 
 
 def listed(names: Sequence[str]) -> str:

@@ -65,11 +65,7 @@ def _categories(columns: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _footing(said: Mapping[str, Any]) -> str:
-    rows, sites = shown.count(said.get("rows")), shown.count(said.get("sites"))
-    mean = "each row counts alike" if said.get("weighting") == "rows" else "each site counts alike, whatever its rows"
-    lines = [f"{rows} rows of {sites} sites; {mean}; job {said['job'][:12]}"]
-    for unit, epsilon in said.get("epsilon", {}).items():
-        lines.append(f"{unit}-level epsilon spent: {shown.upward(epsilon)}; ± is the standard error from the noise")
+    lines = shown.of_whom(said, "rows", f"job {said['job'][:12]}")
     if said.get("se_of_a_share") is None:
         lines.append("how much noise is in the figures is not known here, so no standard errors are shown")
     if cells := [own["cell"] for own in said["columns"].values() if "cell" in own]:
