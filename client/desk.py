@@ -37,6 +37,7 @@ from privacy.record_folder import RecordFolder
 from privacy.secagg.client import InMemory
 from privacy.secagg.roster import Roster
 from strategies.envelope import COORDINATOR, Seal, array_digest
+from strategies.evaluation import reads_alike
 from strategies.job import Job, parse_job
 from strategies.measured import measures
 from strategies.messages import (
@@ -104,8 +105,7 @@ def evaluated_model(job: Job, state: Path) -> Vector:
         raise Refused(f"an evaluation of job {choice.of[:12]}, which trained no model")
     if vector_hash(Parameters.load(shared)[1]) != choice.model_hash:
         raise Refused(f"an evaluation of another model than job {choice.of[:12]} ended with here")
-    stratify = trained.data.stratify if trained.data.stratify is not None else trained.privacy.record is None
-    if (job.data, job.task) != (trained.data.model_copy(update={"stratify": stratify}), trained.task):
+    if not reads_alike(job, trained):
         raise Refused(f"an evaluation of job {choice.of[:12]} that reads other data, or for another task")
     return Parameters.load(path)[1]
 
@@ -391,8 +391,7 @@ class Desk:
         assert self._trainer is not None
         assert self._seated is not None
         files, size = Files.within(folder.path, ledger=folder.path), self._seated.opened.layout.memory
-        memory = SiteMemory(files.memory, size).newest() if size else None
-        return self._trainer.own_model(received, memory)
+        return self._trainer.own_model(received, SiteMemory.in_file(files.memory, size))
 
     def _has(self, message: Deliver) -> bool:
         folder = self._folder_of(message.job)

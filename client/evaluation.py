@@ -22,6 +22,7 @@ from client.training import Trainer
 from privacy.errors import DataError, JobError
 from strategies.evaluation import (
     MOST_CLASSES,
+    SITES,
     blocks_of,
     kind_of,
     range_of,
@@ -35,7 +36,6 @@ from strategies.parameters import Vector
 
 Numbers = NDArray[np.float64]
 Places = NDArray[np.int64]
-SITES = "sites "
 NOWHERE = -1  # The place of a row that belongs to none.
 
 

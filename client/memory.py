@@ -11,8 +11,8 @@ import numpy as np
 
 from privacy.durable import write_atomically
 from privacy.errors import RunError
-from strategies.parameters import Vector
-from strategies.protocol import Kept
+from strategies.parameters import Parameters, Vector
+from strategies.protocol import Kept, Strategy
 
 _MARK = b"fedchorus memory 1\n"
 _ROUNDS = 2  # What a round began with must outlive it: a round that fails is run again.
@@ -36,6 +36,11 @@ class SiteMemory:
     def newest(self) -> Vector | None:
         """What the site kept last."""
         return self.before(2**63)
+
+    @classmethod
+    def in_file(cls, path: Path, size: int) -> Vector | None:
+        """What a site kept last; None of a strategy that keeps nothing (`size` is 0), or before its first round."""
+        return cls(path, size).newest() if size else None
 
     def keep(self, round_number: int, memory: Vector) -> None:
         """Keep what a round ended with; durable when this returns."""
@@ -78,3 +83,10 @@ def named(memory: Vector, kept: Mapping[str, Kept], parameters: int) -> dict[str
     sizes = [parameters if what == "vector" else 1 for what in kept.values()]
     starts = np.cumsum([0, *sizes])
     return {name: memory[start : start + size] for name, start, size in zip(kept, starts, sizes, strict=False)}
+
+
+def own_model(strategy: Strategy, received: Vector, memory: Vector | None, parameters: Parameters) -> Vector:
+    """The model ((P,) float32) of a site that received this and keeps that."""
+    every = {**strategy.traits.kept, **strategy.traits.own}
+    kept = named(memory, every, parameters.size) if memory is not None else {}
+    return strategy.own_model(received, kept, parameters)

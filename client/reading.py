@@ -25,11 +25,9 @@ def site_data(records: Records, job: Job, *, site: str) -> SiteData:
 
     Raises `DataError` for a site that cannot train.
     """
-    # The labels of other records must not decide who is trained on: not with privacy, unless the job insists.
-    stratify = job.data.stratify if job.data.stratify is not None else job.privacy.record is None
     if measures(job) == "statistics":
-        return measured(records, job.data, site=site, stratify=stratify)
-    return split(records, job.data, site=site, stratify=stratify)
+        return measured(records, job.data, site=site, stratify=job.stratified)
+    return split(records, job.data, site=site, stratify=job.stratified)
 
 
 def feature_count(job: Job) -> int:

@@ -105,11 +105,9 @@ class Loaded:
 
     def own_model(self, received: Vector, memory: Vector | None) -> Vector:
         """The model of this site, which received this and keeps that."""
-        from client.memory import named
+        from client.memory import own_model
 
-        traits, size = self.strategy.traits, self.trainer.parameters.size
-        kept = named(memory, {**traits.kept, **traits.own}, size) if memory is not None else {}
-        return self.strategy.own_model(received, kept, self.trainer.parameters)
+        return own_model(self.strategy, received, memory, self.trainer.parameters)
 
     def evaluate(self, model: Vector) -> dict[str, float]:
         self.trainer.load(model)

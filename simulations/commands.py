@@ -315,8 +315,9 @@ class _Watch:
             self.stopped()
         print_summary(self._console, summary, report=f"{summary['run']}/report.html")
         if self._measures is not None:
-            command = {"statistics": "statistics", "evaluation": "evaluate"}[self._measures]
-            self._console.print(f"figures fedchorus {command} {summary['run']}", soft_wrap=True)
+            from strategies.measured import SHOWN_BY
+
+            self._console.print(f"figures fedchorus {SHOWN_BY[self._measures]} {summary['run']}", soft_wrap=True)
         if self._as_json:
             typer.echo(json.dumps(summary))
 

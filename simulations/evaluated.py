@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from client.memory import SiteMemory, named
-from client.site import Files
+from client.memory import SiteMemory, own_model
 from privacy.errors import JobError
 from server.checkpoint import load_checkpoint
 from simulations.run_folder import RunFolder
 from strategies.catalogue import strategy_for
+from strategies.evaluation import reads_alike
 from strategies.job import Job
 from strategies.parameters import Parameters, Vector, vector_hash
-from strategies.protocol import Strategy
-from strategies.total import Layout, layout_for
+from strategies.total import layout_for
 
 
 def evaluated_models(job: Job) -> Callable[[str], Vector]:
-    """Which model ((P,) float32) each site is evaluated with. Raises `JobError` or `RunError` without
-    its run."""
+    """Which model ((P,) float32) each site is evaluated with. Raises `JobError` or `RunError` for a
+    run that is not there, or another than the job says."""
     choice = job.evaluation
     assert choice is not None
     if choice.run is None:
@@ -28,10 +27,7 @@ def evaluated_models(job: Job) -> Callable[[str], Vector]:
     trained = folder.job
     if trained.hash != choice.of:
         raise JobError(f"evaluation.run: {folder.path} is another job's, {trained.hash[:12]}, not {choice.of[:12]}")
-    stratify = trained.data.stratify if trained.data.stratify is not None else trained.privacy.record is None
-    where = dict.fromkeys(("bundled", "folder", "path", "files", "client", "stratify"))
-    read = [data.model_copy(update=where) for data in (job.data, trained.data)]
-    if read[0] != read[1] or job.data.stratify != stratify or job.task != trained.task:
+    if not reads_alike(job, trained):
         raise JobError(f"job {job.name}: data and task are not those of {folder.path}, whose model it evaluates")
     parameters, shared = Parameters.load(folder.model)
     if vector_hash(shared) != choice.model_hash:
@@ -40,13 +36,9 @@ def evaluated_models(job: Job) -> Callable[[str], Vector]:
         return lambda _name: shared
     strategy = strategy_for(trained)
     received = strategy.broadcast(load_checkpoint(folder.checkpoint, job=trained.hash))
-    layout = layout_for(trained, parameters.size, strategy.traits)
-    return lambda name: own_model(strategy, received, folder.files_of(name), layout, parameters)
+    size = layout_for(trained, parameters.size, strategy.traits).memory
 
+    def own(name: str) -> Vector:
+        return own_model(strategy, received, SiteMemory.in_file(folder.files_of(name).memory, size), parameters)
 
-def own_model(strategy: Strategy, received: Vector, files: Files, layout: Layout, parameters: Parameters) -> Vector:
-    """The model ((P,) float32) of a site that received this and keeps what is in `files`."""
-    traits = strategy.traits
-    memory = SiteMemory(files.memory, layout.memory).newest() if traits.remembers else None
-    kept = named(memory, {**traits.kept, **traits.own}, parameters.size) if memory is not None else {}
-    return strategy.own_model(received, kept, parameters)
+    return own

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from client.data import SiteData
 from client.training import Trainer
@@ -40,15 +39,17 @@ class Evaluation:
         self._trainer.load(model)
         outputs = self._trainer.outputs(self._features)
         sites = {
-            name: {**self._figures(outputs[rows], self._targets[rows]), "rows": rows.stop - rows.start}
+            name: {**self._trainer.figures(outputs[rows], self._targets[rows]), "rows": rows.stop - rows.start}
             for name, rows in self._rows.items()
         }
-        return {**_known(self._figures(outputs, self._targets)), "worst_site": _worst(sites), "sites": sites}
+        return {**_known(self._trainer.figures(outputs, self._targets)), "worst_site": _worst(sites), "sites": sites}
 
     def one_site(self, model: Vector, site: str) -> dict[str, float | None]:
         """The figures of one site's test rows alone."""
         self._trainer.load(model)
-        return self._figures(self._trainer.outputs(self._features[self._rows[site]]), self._targets[self._rows[site]])
+        return self._trainer.figures(
+            self._trainer.outputs(self._features[self._rows[site]]), self._targets[self._rows[site]]
+        )
 
     def each(self, model_of: Callable[[str], Vector]) -> dict[str, Any]:
         """Each site's model on its own test rows: over all rows together, and per site."""
@@ -57,13 +58,10 @@ class Evaluation:
             self._trainer.load(model_of(name))
             outputs.append(self._trainer.outputs(self._features[self._rows[name]]))
         sites = {
-            name: self._figures(own, self._targets[self._rows[name]])
+            name: self._trainer.figures(own, self._targets[self._rows[name]])
             for name, own in zip(self._names, outputs, strict=True)
         }
-        return {**_known(self._figures(torch.cat(outputs), self._targets)), "sites": sites}
-
-    def _figures(self, outputs: Tensor, targets: Tensor) -> dict[str, float | None]:
-        return self._trainer.figures(outputs, targets)
+        return {**_known(self._trainer.figures(torch.cat(outputs), self._targets)), "sites": sites}
 
 
 def _known(figures: Mapping[str, float | None]) -> dict[str, float]:

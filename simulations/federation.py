@@ -14,6 +14,7 @@ import pandas as pd
 from client.data import Records, SiteData, class_count
 from client.evaluation import Judge
 from client.local import LocalTraining
+from client.memory import SiteMemory, own_model
 from client.reading import feature_count, records_of, site_data
 from client.site import Files, Seat, Site, SitePlan
 from client.tables import read_frame, require_columns, site_frames
@@ -25,7 +26,7 @@ from privacy.noise import NoiseSource, OsNoise, SeededNoise
 from server.cohort import draw_cohort
 from server.release import ReleasePlan
 from simulations.devices import Devices
-from simulations.evaluated import evaluated_models, own_model
+from simulations.evaluated import evaluated_models
 from simulations.faults import FaultySite, Handler, Lie, LyingSum, liars
 from simulations.partition import partition
 from simulations.synthetic import SETS
@@ -160,7 +161,8 @@ class Federation:
 
     def own_model(self, received: Vector, files: Files) -> Vector:
         """The model ((P,) float32) of a site that received this and keeps what is in `files`."""
-        return own_model(self.strategy, received, files, self.layout, self.trainer.parameters)
+        memory = SiteMemory.in_file(files.memory, self.layout.memory)
+        return own_model(self.strategy, received, memory, self.trainer.parameters)
 
     def client(self, name: str, plan: SitePlan, files: Files | None, seat: Seat | None = None) -> Handler:
         """The client of one site, wrapped in the faults that the job asks for."""

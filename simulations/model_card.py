@@ -11,7 +11,7 @@ from simulations.secure_sums import who_may_lie, who_saw_what
 from strategies import evaluation
 from strategies.job import Job
 from strategies.job_privacy import ClientPrivacy, RecordPrivacy
-from strategies.measured import measures
+from strategies.measured import SHOWN_BY, measures
 from strategies.parameters import Parameters
 from strategies.statistics import TASK, blocks_of
 
@@ -64,12 +64,11 @@ limits what it reveals about any one record.
 
 def _measured(job: Job, summary: Mapping[str, Any], what: str, blocks: str) -> str:
     """Of a run that measured: its model is a vector of figures, and predicts nothing."""
-    command = {"statistics": "statistics", "evaluation": "evaluate"}[what]
     rows = "the training rows of the job's split" if what == "statistics" else "the test rows of the evaluated job"
     return f"""# {job.name}
 
 Not a model that predicts: the mean of a public function of {rows} at {len(summary["sites"])} simulated sites ({what}).
-`fedchorus {command} RUN` reads it. Job `{summary["job_hash"]}`. Blocks: {blocks}.
+`fedchorus {SHOWN_BY[what]} RUN` reads it. Job `{summary["job_hash"]}`. Blocks: {blocks}.
 
 ## Privacy statement
 

@@ -17,6 +17,7 @@ from simulations import charts, page, shown
 from simulations.charts import Markup, element, finite
 from simulations.headline import Headline, headline
 from simulations.secure_sums import lying_groups, who_may_lie, who_saw_what
+from strategies.measured import SHOWN_BY
 
 TAGLINE = "Hear the chorus, never the voice."
 MANY_SITES = 12  # Beyond it a line and a label for every site would hide what they show.
@@ -165,7 +166,7 @@ def _outcome(summary: Mapping[str, Any]) -> Markup:
 
 def _measured(summary: Mapping[str, Any]) -> Markup:
     """A run that measured trained nothing: its figures are read from its model."""
-    command = {"statistics": "statistics", "evaluation": "evaluate"}.get(str(summary.get("measures")), "statistics")
+    command = SHOWN_BY.get(str(summary.get("measures")), "statistics")
     told = element("code", f"fedchorus {command} {shlex.quote(str(summary.get('run') or 'RUN'))}")
     return page.section(
         "outcome", "What was measured", element("p", told, " shows the figures."), page.facts(_ran(summary, {}))

@@ -14,6 +14,8 @@ private/_server/    the server's state after the last finished round, and its ke
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,10 @@ class RunFolder(RecordFolder):
             raise RunError(f"{path}: exists and is not an empty folder; choose another --out, or `fedchorus resume` it")
         path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
+        try:
+            (path / "job.toml").touch(exist_ok=False)
+        except FileExistsError:
+            raise RunError(f"{path}: another run has just begun in it; choose another --out") from None
         folder.write_bytes("job.toml", job.toml)
         return folder
 
@@ -110,7 +116,11 @@ class RunFolder(RecordFolder):
 
 
 def fresh_path(job: Job, parent: Path, now: datetime) -> Path:
-    """`parent`/NAME-TIME, with a number behind it if that is taken."""
+    """Make the empty folder `parent`/NAME-TIME, with a number behind it if that is taken."""
     stem = f"{job.name}-{now:%Y%m%d-%H%M%S}"
-    names = (stem if n == 1 else f"{stem}-{n}" for n in range(1, 1000))
-    return next(parent / name for name in names if not (parent / name).exists())
+    for number in itertools.count(1):
+        path = parent / (stem if number == 1 else f"{stem}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("numbers do not end")

@@ -43,6 +43,7 @@ SITE_FIGURES: Mapping[Kind, tuple[str, ...]] = {
     "time": ("c_index",),
 }
 WHOLE = ""  # As a group: all rows.
+SITES = "sites "  # Before the figure by which sites are counted.
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def blocks_of(job: Job) -> list[Block]:
             add_rows(column, place)
     if choice.sites is not None:
         for name in SITE_FIGURES[kind]:
-            add(f"sites {name}", choice.sites + 1)
+            add(SITES + name, choice.sites + 1)
     return found
 
 
@@ -163,15 +164,13 @@ def check_evaluation(job: Job) -> None:
             "evaluation.groups with data.forecast: a row is made of several periods, and belongs to no group; leave "
             "groups out"
         )
-    if (
-        job.privacy.record is not None
-        and job.data.stratify
-        and job.data.held_out is None
-        and kind in ("binary", "classes")
-    ):
+    # What is left out before rows are split moves the others' places, unless they are those of the whole table.
+    by_others = kind in ("binary", "classes") or job.data.on_missing == "drop"
+    if job.privacy.record is not None and job.data.stratify and job.data.held_out is None and by_others:
         raise ValueError(
-            "privacy.record with data.stratify: the label of one row would decide which others are tested, which no "
-            "noise for one row covers; train the model with data.stratify = false, or take privacy.client"
+            "privacy.record with data.stratify: one row's label, or that it is complete, would decide which others are "
+            "tested, which no noise for one row covers; train the model with data.stratify = false, or take "
+            "privacy.client"
         )
     if job.data.stratify is None:
         raise ValueError("evaluation: data.stratify says which rows are for testing: give evaluation.run, or both")
@@ -185,6 +184,13 @@ def check_evaluation(job: Job) -> None:
             'evaluation.model = "own" with privacy.record: a site\'s own model was trained on its records without '
             'noise, and only its test rows would be covered; take privacy.client, or model = "shared"'
         )
+
+
+def reads_alike(job: Job, trained: Job) -> bool:
+    """Whether an evaluation reads rows as the job that trained its model did, wherever they are."""
+    where = dict.fromkeys(("bundled", "folder", "path", "files", "client"))
+    ours, theirs = job.data, trained.data.model_copy(update={"stratify": trained.stratified})
+    return ours.model_copy(update=where) == theirs.model_copy(update=where) and job.task == trained.task
 
 
 def with_evaluated(raw: Mapping[str, Any], *, beside: Path, where: str) -> dict[str, Any]:
@@ -224,7 +230,7 @@ def with_evaluated(raw: Mapping[str, Any], *, beside: Path, where: str) -> dict[
         raise JobError(f"{where}: task: an evaluation has the task of the job that it evaluates; leave it out")
     data = trained.data.model_dump(exclude_none=True, mode="json")
     # Which rows are for testing must not change with the evaluation's own privacy.
-    data.setdefault("stratify", trained.privacy.record is None)
+    data["stratify"] = trained.stratified
     for key in ("bundled", "path", "files") if set(own) & {"bundled", "path", "files"} else ():
         data.pop(key, None)
     if "files" in own:

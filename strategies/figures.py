@@ -18,6 +18,7 @@ from strategies.evaluation import (
     MOMENTS,
     MOST_CLASSES,
     SITE_FIGURES,
+    SITES,
     WHOLE,
     Kind,
     blocks_of,
@@ -110,7 +111,7 @@ def summarise(job: Job, weights: Array, *, noise: float | None) -> dict[str, Any
         said["classes"] = labels_of(job.data)
         said["confusion"] = [[float(cell) for cell in row] for row in _square(whole["confusion"]) / total]
     if choice.sites is not None:
-        said["by_site"] = {name: told.over_sites(name, whole[f"sites {name}"]) for name in SITE_FIGURES[kind]}
+        said["by_site"] = {name: told.over_sites(name, whole[SITES + name]) for name in SITE_FIGURES[kind]}
     return said
 
 
@@ -364,7 +365,7 @@ def _calibration(cells: Array, error: float | None) -> list[dict[str, float | No
     place = (np.arange(len(right)) + 0.5) / len(right)
     both, total = wrong + right, float(cells.sum())
     said = []
-    for part in np.array_split(np.arange(len(right)), min(TENTHS, len(right))):
+    for part in np.array_split(np.arange(len(right)), TENTHS):
         rows = float(both[part].sum())
         known = rows > max(3 * math.sqrt(2 * len(part)) * (error or 0.0), 1e-9)
         said.append(
@@ -382,7 +383,7 @@ def _calibration(cells: Array, error: float | None) -> list[dict[str, float | No
 def _calibration_error(came_true: Array, rows: Array, place: Array) -> float:
     """The mean distance, in ten cells, between what was predicted and what came true (Naeini et al. 2015)."""
     off = 0.0
-    for part in np.array_split(np.arange(len(rows)), min(TENTHS, len(rows))):
+    for part in np.array_split(np.arange(len(rows)), TENTHS):
         off += abs(float(rows[part] @ place[part]) - float(came_true[part].sum()))
     return _ratio(off, float(rows.sum()))
 

@@ -407,6 +407,12 @@ class Job(Section):
         )
 
     @property
+    def stratified(self) -> bool:
+        """Whether labels decide which rows are for testing: not with record-level privacy, unless the job insists, as
+        the label of one row would decide of others."""
+        return self.data.stratify if self.data.stratify is not None else self.privacy.record is None
+
+    @property
     def evaluated(self) -> Job:
         """Of an evaluation: the job as far as it says what the evaluated model is, and how its rows are read."""
         return self.model_copy(update={"evaluation": None, "privacy": Privacy(), "simulation": Simulation()})

@@ -18,6 +18,9 @@ from strategies.job import ONE_EXACT_ROUND, Job, stored_job
 from strategies.job_privacy import Protection
 from strategies.parameters import Parameters, Vector
 
+SHOWN_BY = {"statistics": "statistics", "evaluation": "evaluate"}
+"""By what a job measures, the command that shows it."""
+
 
 def measures(job: Job) -> str | None:
     """What a job measures: "statistics" of records, or a model by an "evaluation"; None of one that trains."""

@@ -14,10 +14,13 @@ from privacy.errors import JobError
 from privacy.noise import SeededNoise
 from strategies.fedavg import FedAvg
 from strategies.job import Job
+from strategies.messages import ask_for
 from strategies.parameters import Vector
 from strategies.protocol import Added, Local, Traits
+from strategies.scaffold import Scaffold
 from strategies.total import layout_for
 from tests.client.test_site import PLAIN, PRIVATE, ask, make_trainer, some_records
+from tests.strategies.jobs import make_job
 
 
 def local_training(job: Job, strategy: Any) -> LocalTraining:
@@ -127,6 +130,16 @@ def test_what_a_strategy_forgot_to_copy_is_kept_as_it_was_sent() -> None:
 def test_nothing_is_kept_both_for_contributions_and_for_the_site_alone() -> None:
     with pytest.raises(JobError, match="it keeps 'a' both for its contributions and for the site alone"):
         Traits(kept={"a": "vector"}, own={"a": "vector", "b": "scalar"})
+
+
+@pytest.mark.parametrize("asked", [None, 1e-4], ids=["a fixed clip norm", "one that the server moves"])
+def test_what_a_protected_site_remembers_is_what_its_gate_lets_through(asked: float | None) -> None:
+    client = {"noise_multiplier": 1.0, "delta": 1e-3, "clip_norm": 1e-3}
+    job = make_job(strategy={"name": "scaffold", "weighting": "equal"}, privacy={"client": client})
+    request = ask_for(job.hash, 1, np.array([0.5, -0.5, 0.25, 0, 0, 0, 0, 0], np.float32), None, asked)
+    trained = local_training(job, Scaffold(weighting="equal"))(request)
+    assert trained.memory is not None
+    assert np.linalg.norm(trained.memory) == pytest.approx(asked or 1e-3, rel=1e-3)
 
 
 def test_with_record_level_privacy_no_loss_is_read_for_a_contribution() -> None:

@@ -393,6 +393,20 @@ def test_spare_rounds_let_a_site_that_crashed_take_part_to_the_end(tmp_path: Pat
     assert outcomes[1]["steps"] == outcomes[0]["steps"] + 2
 
 
+def test_two_runs_that_begin_in_the_same_second_never_share_a_folder(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from simulations.run_folder import RunFolder, fresh_path
+
+    job, now = load_job(scenario_path("hospitals")), datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    with ThreadPoolExecutor(8) as many:
+        taken = list(many.map(lambda _: fresh_path(job, tmp_path / "runs", now), range(32)))
+    assert len(set(taken)) == 32
+    RunFolder.create(taken[0], job)
+    with pytest.raises(RunError, match="choose another --out"):
+        RunFolder.create(taken[0], job)
+
+
 def test_ctrl_c_while_a_run_folder_is_made_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

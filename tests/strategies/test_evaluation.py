@@ -319,6 +319,11 @@ class TestRun:
         # There the label of a row decides which others are tested: noise for one row would not cover it.
         with pytest.raises(JobError, match=r"privacy.record with data.stratify: .*train the model"):
             evaluation_job(plain, settings)
+        # Nor may whether one row is complete; of numbers the others' places are the same whatever it is.
+        number = {"target_type": "number", "target_range": [0, 1]}
+        with pytest.raises(JobError, match=r"or that it is complete, would decide which others"):
+            evaluation({**number, "stratify": True, "on_missing": "drop"}, privacy={"record": RECORD})
+        assert evaluation({**number, "stratify": True}, privacy={"record": RECORD}).stratified
         apart = finished(tmp_path / "apart", make_job(data={"stratify": False}))
         assert evaluation_job(apart, settings).privacy.record is not None
 
