@@ -65,7 +65,12 @@ if _is_installed("client"):
 privacy.commands.add_to(app)
 
 # What the smaller installations lack, and the extra that has it.
-EXTRAS = {"torch": "train", "pandas": "train", "sklearn": "train", "pyarrow": "train", "ray": "ray"}
+EXTRAS = {
+    **dict.fromkeys(("torch", "pandas", "sklearn", "pyarrow"), "train"),
+    **dict.fromkeys(("transformers", "peft", "tokenizers", "PIL"), "llm"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "ray": "ray",
+}
 
 
 def main() -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from client.encodings import Series, bags, lagged, lagged_names, pixels, windows
+from client.encodings import PADDING, Series, bags, lagged, lagged_names, pixels, windows
 from client.tables import HELD_OUT
+from client.tokens import answers, tagged, tokens
 from privacy.errors import DataError
 from strategies.job_data import Column, Data
 
@@ -56,10 +57,11 @@ class SiteData:
 
 
 def class_count(data: Data) -> int:
-    """How many classes the target has; of a next character, the alphabet and one for all others; 0 of a number."""
-    if data.target_type in ("number", "time"):
+    """How many classes the target has; of a next character, the alphabet and one for all others; 0 of a number or a
+    text."""
+    if data.target_type in ("number", "time", "text"):
         return 0
-    if data.target_type == "next":
+    if data.target_type == "next" and data.columns[data.target].type == "characters":
         return len(data.columns[data.target].alphabet or "") + 1
     return len(data.classes) if data.classes is not None else 2
 
@@ -71,8 +73,10 @@ def feature_names(data: Data) -> list[str]:
         if column.type == "category":
             names += [f"{name}={value}" for value in (column.values or [])[1:]]
         else:
-            parts = column.buckets or column.window or math.prod(column.shape or [1])
+            parts = column.buckets or column.window or column.length or math.prod(column.shape or [1])
             names += [name] if column.type in ("number", "id") else [f"{name}[{part}]" for part in range(parts)]
+    if data.target_length is not None:
+        names += [f"{data.target}[{part}]" for part in range(data.target_length)]
     return names
 
 
@@ -112,7 +116,13 @@ def encode(frame: pd.DataFrame, data: Data, *, where: str, empty: bool = False) 
     if len(target) == 0:
         raise DataError(f"{where}: no rows" + (" left without missing values" if len(frame) else ""))
     parts = [series.features[complete.to_numpy()]] if series else []
-    parts += [_encoded(columns[name], column) for name, column in data.columns.items()]
+    if data.target_type == "tags":
+        features, target = _tagged(columns, target, data, where)
+        parts.append(features)
+    else:
+        parts += [_encoded(columns[name], column) for name, column in data.columns.items()]
+    if data.target_type == "text":  # What a model is to write it also reads, one token behind.
+        parts.append(target)
     features = np.ascontiguousarray(np.concatenate(parts, axis=1), dtype=np.float32)
     held_out = series.held_out if series else held_out_rows(frame, data)
     kept = complete.to_numpy()
@@ -242,9 +252,9 @@ def _filled(values: pd.Series, column: Column) -> pd.Series:
 def _targets(frame: pd.DataFrame, data: Data, where: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """What is to be predicted of each row, and for which rows it is there."""
     values = frame[data.target]
-    if data.target_type == "next":
+    if data.target_type in ("next", "text", "tags"):
         texts = ["" if missing else str(text) for text, missing in zip(values, values.isna(), strict=True)]
-        return windows(texts, data.columns[data.target])[1], values.notna().to_numpy()
+        return _text_target(texts, data), values.notna().to_numpy()
     if data.target_type == "number":
         numbers = _number_target(values, data, where)
         return numbers.fillna(0.0).to_numpy(dtype=np.float32), numbers.notna().to_numpy()
@@ -254,6 +264,39 @@ def _targets(frame: pd.DataFrame, data: Data, where: str) -> tuple[NDArray[Any],
         return np.stack([time.fillna(0.0), event.fillna(0.0)], axis=1).astype(np.float32), known
     numbers = _target(values, data, where)
     return numbers.fillna(0.0).to_numpy(dtype=np.int64), numbers.notna().to_numpy()
+
+
+def _text_target(texts: list[str], data: Data) -> NDArray[Any]:
+    """What comes next, what is to be written, or, not yet numbers, the tags of each text's words."""
+    if data.target_type == "tags":
+        return np.array(texts, dtype=object)
+    if data.target_type == "text":
+        (column,) = data.columns.values()
+        assert column.tokenizer is not None
+        assert data.target_length is not None
+        return answers(texts, column.tokenizer, data.target_length).astype(np.int64)
+    column = data.columns[data.target]
+    if column.type == "characters":
+        return windows(texts, column)[1]
+    following = np.full((len(texts), column.length or 0), PADDING, dtype=np.int64)
+    following[:, :-1] = _encoded(pd.Series(texts, dtype=object), column)[:, 1:]
+    return following
+
+
+def _tagged(
+    columns: dict[str, pd.Series], tags: NDArray[Any], data: Data, where: str
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The tokens of texts of words, and the class of each word at its first token."""
+    ((name, column),) = data.columns.items()
+    assert column.tokenizer is not None
+    assert column.length is not None
+    numbers = {str(value): number for number, value in enumerate(data.classes or [])}
+    texts, said = columns[name].tolist(), [str(one).split() for one in tags]
+    unequal = [len(text.split()) != len(own) for text, own in zip(texts, said, strict=True)]
+    _refuse_rows(pd.Series(unequal), data.target, f"not one tag for each word of {name!r}", where)
+    strange = [not set(own) <= numbers.keys() for own in said]
+    _refuse_rows(pd.Series(strange), data.target, f"not among data.classes ({len(numbers)})", where)
+    return tagged(texts, [[numbers[one] for one in own] for own in said], column.tokenizer, column.length)
 
 
 def _number_target(values: pd.Series, data: Data, where: str) -> pd.Series:
@@ -334,6 +377,10 @@ def _encoded(values: pd.Series, column: Column) -> NDArray[np.floating[Any]]:
         return bags(values.tolist(), column)
     if column.type == "characters":
         return windows(values.tolist(), column)[0]
+    if column.type == "tokens":
+        assert column.tokenizer is not None
+        assert column.length is not None
+        return tokens(values.tolist(), column.tokenizer, column.length)
     if column.type == "image":
         return pixels(values.tolist())
     numbers = values.to_numpy(dtype=float)

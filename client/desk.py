@@ -28,7 +28,7 @@ from client.site import Files, Seat, Site, SitePlan
 from client.trainer_process import Opened, TrainerProcess
 from privacy.budget import SiteBudget
 from privacy.enrolment import Invitation
-from privacy.errors import DataError, FedchorusError, Refused
+from privacy.errors import DataError, FedchorusError, Refused, RunError
 from privacy.keys import IdentityKey, is_signed_by
 from privacy.ledger import Ledger
 from privacy.logbook import Logbook
@@ -71,19 +71,29 @@ def plan_of(job: Job, opened: Opened, *, sites: int, site: str) -> tuple[SitePla
 
     Raises `JobError` for what cannot be protected, `BudgetExceeded` for what exceeds the job's own limits.
     """
-    sizes, secure = opened.parameters.sizes, None
+    sizes, secure = opened.parameters.trained_sizes, None
     if job.secure_aggregation is not None:
         secure = SecureSum.make(job, sites=sites, layout=opened.layout, layers=sizes, most_rows=opened.rows)
     plan = SitePlan.make(
         job,
         rows=opened.rows,
-        parameters=opened.parameters.size,
+        parameters=opened.parameters.trained,
         rng=OsNoise.kind,
         site=site,
         layers=sizes,
         secure=secure,
     )
     return plan, secure
+
+
+def models_of(settings: Settings, folder: Path) -> Path | None:
+    """The folder of the site's pre-trained checkpoints. Raises `RunError` for one that is not there."""
+    if settings.trainer.models is None:
+        return None
+    path = (folder / settings.trainer.models).resolve()
+    if not path.is_dir():
+        raise RunError(f"trainer.models: {path} is no folder; correct it in site.toml")
+    return path
 
 
 def evaluated_model(job: Job, state: Path) -> Vector:
@@ -244,6 +254,8 @@ class Desk:
             hidden=[
                 self.folder.path / name for name in ("keys", "state", "ledgers") if (self.folder.path / name).exists()
             ],
+            models=models_of(self.settings, self.folder.path),
+            engine=self.settings.trainer.engine,
             isolation=self.settings.trainer.isolation,
             timeout_s=min(job.cohort.deadline_s or DEADLINE_S, self.settings.trainer.longest_s),
             memory_bytes=int(self.settings.trainer.memory_gb * 2**30) if self.settings.trainer.memory_gb else None,
@@ -284,7 +296,8 @@ class Desk:
         site.open()
         folder.write_bytes("job.toml", job.toml)
         shapes = [[name, list(shape)] for name, shape in opened.parameters.shapes.items()]
-        folder.write("shapes.json", {"shapes": shapes, "received": opened.layout.asked, "personal": opened.personal})
+        told = {"received": opened.layout.asked, "personal": opened.personal}
+        folder.write("shapes.json", {"shapes": shapes, "received_only": opened.parameters.received_only, **told})
         folder.write_text("offer.json", header(offer))  # To sit down again after a restart. Last: it is what is asked.
         self._seated = _Seated(job, site, folder, budget, offer.model_hash, opened)
         return self._seated
@@ -353,7 +366,8 @@ class Desk:
         offer, folder = self._offer_of(message.job), self._folder_of(message.job)
         job = parse_job(offer.toml, where="the job that this site agreed to")
         known = folder.read("shapes.json")
-        parameters = Parameters({str(name): tuple(shape) for name, shape in known["shapes"]})
+        last = tuple(known.get("received_only", ()))
+        parameters = Parameters({str(name): tuple(shape) for name, shape in known["shapes"]}, last)
         check_deliver(message, job=job.hash, parameters=known["received"])
         metadata = {"job": message.job, "round": str(message.round_number)}
         shared = message.model[: parameters.size]

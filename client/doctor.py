@@ -382,9 +382,10 @@ class _Examination:
 
     def _check_table(self, name: str, path: Path) -> None:
         what, path = f"data set {name}", path.resolve()
-        if not path.is_file():
-            why = "a folder, not a file" if path.is_dir() else "no such file"
-            self.fail(what, f"{path}: {why}", f"correct the path under [data.{name}] in site.toml")
+        if path.is_dir():
+            self.ok(what, f"{path}: a folder, for jobs that read images")
+        elif not path.is_file():
+            self.fail(what, f"{path}: no such file", f"correct the path under [data.{name}] in site.toml")
         elif not self.machine.is_readable(path):
             self.fail(what, f"{path}: this user may not read it", f"chown or `setfacl -m u:USER:r {path}`")
         else:

@@ -38,7 +38,7 @@ roster = ""
 # Refuse to work when the clock of the server is further away, in seconds.
 max_clock_skew_s = 300
 
-# One table for each data set that a job may name, with its CSV or Parquet file. Take the # away and edit:
+# One table for each data set that a job may name, with its file or folder of images. Take the # away and edit:
 # [data.records]
 # path = "/srv/data/records.csv"
 
@@ -47,6 +47,8 @@ max_clock_skew_s = 300
 # "auto": as well as this machine can. "none": not at all.
 isolation = "auto"
 # memory_gb = 16
+# The folder of this site's pre-trained checkpoints, one folder each, which a job names by "models:NAME":
+# models = "/srv/models"
 # Training that takes longer than this in one round is ended, whatever the job says (seconds).
 longest_s = 3600
 

@@ -7,25 +7,29 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data import Records
+from client.adjustment import Adjustment
 from client.memory import flat, named
 from client.pace import Pace
-from client.site import SitePlan
-from client.training import Adjustment, DeviceRecords, Trainer
 from privacy.errors import JobError
 from privacy.mechanism import clip_in_place
 from privacy.noise import NoiseSource
 from strategies.job import Job
+from strategies.lora import resting
 from strategies.messages import Ask
 from strategies.parameters import Parameters, Vector
 from strategies.partial import frozen_first
 from strategies.protocol import Strategy
 from strategies.total import TRAINING_METRICS, Layout
+
+if TYPE_CHECKING:  # Not to be imported by a trainer of small devices, which has another Trainer.
+    from client.data import Records
+    from client.site import SitePlan
+    from client.training import DeviceRecords, Trainer
 
 
 class Trained(NamedTuple):
@@ -55,7 +59,7 @@ class LocalTraining:
         self._pace = Pace.of(job, name) if pace is None else pace
         self._name, self._job, self._plan = name, job, plan
         self._strategy, self._trainer, self._layout, self._noise = strategy, trainer, layout, noise
-        self._records: DeviceRecords = trainer.place(records)
+        self._records: DeviceRecords = trainer.place(trainer.by_length(records))
 
     def __call__(self, ask: Ask, memory: Vector | None = None) -> Trained:
         """Train on what is asked with; the contribution ((layout.size,) float32) is this call's own memory.
@@ -71,11 +75,14 @@ class LocalTraining:
         clip_norm = ask.clip_norm if ask.clip_norm is not None else client.clip_norm if client is not None else None
         lent = {name: array for name, array in before.items() if name in traits.kept}
         own = _Round(self, ask.round_number, lent, clip_norm=clip_norm)
-        added = strategy.contribution(ask.model, own, contribution[: self._layout.parameters])
+        sent = self._layout.parameters
+        whole = np.zeros(size, np.float32) if self._layout.received_only else contribution[:sent]
+        added = strategy.contribution(ask.model, own, whole)
+        contribution[:sent] = whole[:sent]
         if set(added.scalars) != set(traits.scalars):
             raise JobError("strategy.name: its contribution has other scalars than its traits name")
         numbers = {**own.metrics, **added.scalars}
-        contribution[self._layout.parameters :] = [
+        contribution[sent:] = [
             added.weight,
             *(numbers.get(name, 0.0) for name in self._layout.metrics),
         ]
@@ -134,9 +141,17 @@ class _Round:
 
     @cached_property
     def _frozen(self) -> NDArray[np.bool_] | None:
-        """The layers that a weak site leaves as they are, whatever the strategy."""
-        size = self.parameters.size
-        return np.arange(size) < frozen_first(size, self.share) if self.share < 1 else None
+        """What a weak site leaves as it is, and factors that rest in this round, whatever the strategy."""
+        rests = resting(self._of._job, self.parameters, site=self._of._name, round_number=self._number)
+        if self.share == 1:
+            return rests
+        first = np.arange(self.parameters.size) < frozen_first(self.parameters.trained, self.share)
+        return first if rests is None else first | rests
+
+    @property
+    def rank(self) -> int | None:
+        tuning = self._of._job.task.tuning
+        return (tuning.ranks or {}).get(self._of._name) if tuning is not None else None
 
     @property
     def learning_rate(self) -> float:

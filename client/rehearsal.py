@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from client.content import content_of
-from client.desk import PRIVATE, evaluated_model, plan_of
+from client.desk import PRIVATE, evaluated_model, models_of, plan_of
 from client.history import History
 from client.policy import JobRequest, Policy
 from client.settings import Settings, SiteFolder
@@ -51,7 +51,7 @@ class Rehearsal:
         from client.schema import differences
         from client.tables import read_table
 
-        if self._path.suffix == ".npz":  # Arrays, whose shapes are checked when they are opened.
+        if self._path.suffix == ".npz" or self._path.is_dir():  # Images are checked when they are opened.
             return []
         return differences(read_table(self._path, self.job.data), self.job.data)
 
@@ -61,6 +61,8 @@ class Rehearsal:
         with TrainerProcess(
             data=self._path,
             hidden=[self.folder.path / name for name in PRIVATE if (self.folder.path / name).exists()],
+            models=models_of(self.settings, self.folder.path),
+            engine=self.settings.trainer.engine,
             isolation=trainer.isolation,
             timeout_s=min(LONGEST_S, trainer.longest_s),
             memory_bytes=int(trainer.memory_gb * 2**30) if trainer.memory_gb else None,

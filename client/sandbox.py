@@ -24,12 +24,13 @@ from typing import Literal
 
 from client.shut_in import MASKED, gpu_nodes
 from privacy.errors import RunError
+from strategies.checkpoint import MODELS
 
 Isolation = Literal["auto", "required", "none"]
 Wrapper = Literal["bubblewrap", "namespaces", "limits"]
 
 ROOT = Path(__file__).resolve().parent.parent  # Where this package is: the child runs the same copy.
-_KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
+_KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "HF_HUB_CACHE")
 _KEPT_PREFIXES = ("CUDA_", "NVIDIA_", "OMP_", "MKL_")
 _TRIAL_S = 20.0
 
@@ -116,10 +117,12 @@ class Sandbox:
         return trial.returncode == 0
 
 
-def environment(code: Path | None = None, *, parent: Mapping[str, str] = os.environ) -> dict[str, str]:
+def environment(
+    code: Path | None = None, *, models: Path | None = None, parent: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """The child's whole environment: of the parent's what finds programs, languages and GPUs, none of its secrets.
 
-    `code` is the folder of a task of the site's own.
+    `code` is the folder of a task of the site's own, `models` that of its pre-trained checkpoints.
     """
     kept = {key: value for key, value in parent.items() if key in _KEPT or key.startswith(_KEPT_PREFIXES)}
     # An installed package is found anyway; named here it would come before the standard library.
@@ -127,7 +130,9 @@ def environment(code: Path | None = None, *, parent: Mapping[str, str] = os.envi
     folders += [] if code is None else [str(code.resolve())]
     # Unbuffered: the last words of a child that dies would be lost.
     python = {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**kept, "HOME": "/tmp", **python}
+    # No library should look for a network that is not there.
+    offline = {"HF_HUB_OFFLINE": "1"} | ({MODELS: str(models.resolve())} if models is not None else {})
+    return {**kept, "HOME": "/tmp", **offline, **python}
 
 
 def _existing(path: Path, what: str) -> str:

@@ -80,8 +80,12 @@ class DataSet(Section):
 
 
 class TrainerSettings(Section):
-    """How the process that runs the user's code is shut in, and how much memory and time it may take."""
+    """How the process that runs the user's code is shut in, and how much memory and time it may take. `models` is the
+    folder of this site's pre-trained checkpoints; a relative path starts at the site's folder. A small device trains
+    heads without torch (`edge`)."""
 
+    models: Annotated[str, Field(min_length=1)] | None = None
+    engine: Literal["torch", "edge"] = "torch"
     isolation: Literal["auto", "required", "none"] = "auto"
     memory_gb: Positive | None = None
     longest_s: Positive = 3600.0

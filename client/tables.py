@@ -1,4 +1,5 @@
-"""A site's file as a table: CSV, Parquet or the arrays of a .npz, with the columns that a job names.
+"""A site's records as a table: CSV, Parquet, JSON lines, the arrays of a .npz or a folder of images, with the columns
+that a job names.
 
 Errors name the file and the column; they never repeat a value, because a value is a record.
 """
@@ -14,6 +15,7 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 import pandas as pd
 
+from client.image_folders import image_table
 from privacy.errors import DataError
 from privacy.ledger import SITE_NAME
 from strategies.job_data import Data
@@ -22,24 +24,25 @@ HELD_OUT = "\0held out"  # No file has a column of this name.
 
 
 def read_frame(path: Path, data: Data) -> pd.DataFrame:
-    """Read a CSV, Parquet or .npz file with the schema's columns, the target and the client key.
+    """Read a file, or a folder of images, with the schema's columns, the target and the client key.
 
     Values are text, numbers, or images of a .npz. Rows that `data.held_out` finds elsewhere follow, marked in the
     column `HELD_OUT`. Raises `DataError` for a missing or unreadable file or an absent column.
     """
-    frame = read_table(path, data)
+    frame = joined(read_table(path, data), data)
     require_columns(frame, data, where=str(path))
     held = data.held_out
     if held is None or held.column is not None:
         return frame
     other = path if held.path is None else path.parent / held.path
-    testing = read_table(other, data, names=held.arrays)
+    testing = joined(read_table(other, data, names=held.arrays), data)
     require_columns(testing, data, where=f"{other} (data.held_out)")
     return pd.concat([frame.assign(**{HELD_OUT: False}), testing.assign(**{HELD_OUT: True})], ignore_index=True)
 
 
 def read_table(path: Path, data: Data, *, names: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Read a file whatever its columns are; of a .npz the arrays that the job names, or that `names` says for them.
+    """Read a file whatever its columns are; of a .npz the arrays that the job names, or that `names` says for them, and
+    of a folder the images.
 
     Raises `DataError` for one that is missing or unreadable.
     """
@@ -48,6 +51,10 @@ def read_table(path: Path, data: Data, *, names: Mapping[str, str] | None = None
             frame = _arrays(path, {name: (names or {}).get(name, name) for name in _wanted(data)})
         elif path.suffix in (".parquet", ".pq"):
             frame = pd.read_parquet(path)
+        elif path.suffix in (".jsonl", ".ndjson"):
+            frame = pd.read_json(path, lines=True, dtype=False, encoding="utf-8")
+        elif path.is_dir() and [column.type for column in data.columns.values()] == ["image"]:
+            frame = image_table(path, data)
         else:
             frame = pd.read_csv(
                 path,
@@ -83,6 +90,18 @@ def _arrays(path: Path, names: Mapping[str, str]) -> pd.DataFrame:
             return pd.DataFrame({name: list(arrays[own]) for name, own in names.items() if own in arrays.files})
 
 
+def joined(frame: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """`frame` with the texts that the job puts together from several columns (`join`), ". " between them: those of a
+    row that are there. A column that is absent makes none: `require_columns` says which."""
+    made = {}
+    for name, column in data.columns.items():
+        if column.join is not None and set(column.join) <= set(frame.columns):
+            parts = frame[column.join].astype(object)
+            texts = [". ".join(str(part) for part in row if not pd.isna(part)) for row in parts.itertuples(index=False)]
+            made[name] = pd.Series(texts, index=frame.index, dtype=object).where(parts.notna().any(axis=1))
+    return frame.assign(**made)
+
+
 def require_columns(frame: pd.DataFrame, data: Data, *, where: str) -> None:
     """Raise `DataError`, with the nearest name, unless the schema's columns, target and client key are all there."""
     for wanted in _wanted(data):
@@ -97,10 +116,9 @@ def require_columns(frame: pd.DataFrame, data: Data, *, where: str) -> None:
 def _wanted(data: Data) -> list[str]:
     """The columns that the job names, each once."""
     held, series = data.held_out, data.forecast
+    columns = [part for name, column in data.columns.items() for part in column.join or [name]]
     others = [held.column if held else None, *((series.time, series.series) if series else ())]
-    return list(
-        dict.fromkeys(n for n in [*data.columns, data.target, data.event, data.client, *others] if n is not None)
-    )
+    return list(dict.fromkeys(n for n in [*columns, data.target, data.event, data.client, *others] if n is not None))
 
 
 def site_frames(frame: pd.DataFrame, client: str, *, where: str, drop: bool = False) -> dict[str, pd.DataFrame]:

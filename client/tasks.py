@@ -108,6 +108,16 @@ TASKS: Mapping[str, str] = {
 }
 
 
+PRETRAINED: Mapping[str, str] = {
+    "text-classification": "client.finetuning:FineTuned",
+    "image-classification": "client.finetuning:FineTunedImages",
+    "token-classification": "client.finetuning:TokenClassification",
+    "causal-lm": "client.finetuning:NextToken",
+    "seq2seq": "client.finetuning:SequenceToSequence",
+}
+"""Tasks of `task.model = "pretrained"`, where it is one of theirs."""
+
+
 def task_for(job: Job) -> Task:
     """The job's task; of an evaluation what measures, and not the task that it evaluates. One that ships with fedchorus
     is told the public constants of the data too.
@@ -115,9 +125,12 @@ def task_for(job: Job) -> Task:
     Raises `JobError` for a task that does not go with the job's data, model, loss or privacy.
     """
     name, data = "statistics" if job.evaluation is not None else job.task.name, job.data
-    kind = resolve(name, TASKS, key="task.name")
-    settings = {"data": data} if name in TASKS else {}
-    if name in TASKS and job.evaluation is None:
+    known = {**TASKS, **PRETRAINED} if job.task.model == "pretrained" and job.evaluation is None else TASKS
+    if name in PRETRAINED and name not in known:
+        raise JobError(f'task.name = "{name}" needs task.model = "pretrained" and its checkpoint')
+    kind = resolve(name, known, key="task.name")
+    settings = {"data": data} if name in known else {}
+    if name in known and job.evaluation is None:
         _check_choice(kind, job)
     task: Task = build(kind, ("model", "loss", "metrics"), job.task, key="task.name", **settings)
     if getattr(task, "coupled", False) and job.privacy.record is not None:
@@ -132,9 +145,9 @@ def task_for(job: Job) -> Task:
 def _check_choice(kind: Any, job: Job) -> None:
     """Raise `JobError` unless the data and the settings of `[task]` are what a shipped task is for."""
     choice, data = job.task, job.data
-    wanted = getattr(kind, "target_type", data.target_type or "class")
-    if wanted != (data.target_type or "class"):
-        raise JobError(f'task.name = "{choice.name}" needs data.target_type = "{wanted}"')
+    wanted = getattr(kind, "target_types", (getattr(kind, "target_type", data.target_type or "class"),))
+    if (data.target_type or "class") not in wanted:
+        raise JobError(f'task.name = "{choice.name}" needs data.target_type = "{wanted[0]}"')
     if choice.model not in getattr(kind, "models", (choice.model,)):
         raise JobError(f'task.model = "{choice.model}" is not for {choice.name}; use one of {", ".join(kind.models)}')
     losses = getattr(kind, "losses", ())
@@ -144,7 +157,7 @@ def _check_choice(kind: Any, job: Job) -> None:
     types = {each.type for each in data.columns.values()}
     if column is not None and column not in types:
         raise JobError(f'task.name = "{choice.name}" needs a column of type "{column}" in data.columns')
-    if (alone := types & {"image", "characters", "id"}) and column not in alone:
+    if (alone := types & {"image", "characters", "id", "tokens"}) and column not in alone:
         raise JobError(f'data.columns: a column of type "{min(alone)}" is not for task.name = "{choice.name}"')
     if data.forecast is not None and choice.name != "forecast":
         raise JobError(f'data.forecast is for task.name = "forecast", not "{choice.name}"')

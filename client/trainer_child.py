@@ -14,12 +14,11 @@ import tomllib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from client.pipe import NOTHING, Pipe, PipeClosed
-from client.site import SitePlan
 from privacy.dpsgd import RecordLevelSgd
 from privacy.errors import DataError, JobError
 from privacy.mechanism import GaussianSum
@@ -30,9 +29,11 @@ from strategies.messages import Ask, parse_request
 from strategies.parameters import Vector
 from strategies.total import layout_for
 
-if TYPE_CHECKING:  # torch and pandas are imported once a job is opened, after the isolation was proved.
+# torch and pandas are imported once a job is opened, after the isolation was proved; with the edge engine not at all.
+if TYPE_CHECKING:
     from client.data import SiteData
     from client.local import LocalTraining
+    from client.site import SitePlan
     from client.training import Trainer
 
 _PROBE_S = 1.0
@@ -40,28 +41,21 @@ _PROBE_S = 1.0
 
 class Loaded:
     """One job at one site: its data, its model, what trains it. `evaluated` ((P,) float32) is, of an evaluation, the
-    model that it evaluates."""
+    model that it evaluates; `engine` what trains: "torch", or "edge" (`client.edge`)."""
 
-    def __init__(self, job: Job, site: str, data: Path, evaluated: Vector = NOTHING) -> None:
-        from client.data import class_count
-        from client.evaluation import Judge
-        from client.reading import feature_count, records_of, site_data
-        from client.tables import read_frame
-        from client.tasks import initial_model, task_for
-        from client.training import Trainer
+    def __init__(self, job: Job, site: str, data: Path, evaluated: Vector = NOTHING, *, engine: str = "torch") -> None:
+        self.job, self.site, self.strategy = job, site, strategy_for(job)
+        self.trainer: Trainer
+        self.data: SiteData
+        if engine == "edge":
+            from client.edge import open_edge
 
-        self.job, self.site = job, site
-        # The task's own code is built before records are read: what it says in an error cannot hold one.
-        self.strategy, task = strategy_for(job), task_for(job)
-        judge = Judge(job) if job.evaluation is not None else None
-        model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
-        self.trainer: Trainer = Trainer(task, model, job.training)
-        records = records_of(read_frame(data, job.data), job, where=str(data))
-        self.data: SiteData = (
-            site_data(records, job, site=site) if judge is None else judge.site_data(records, evaluated, site=site)
-        )
+            # Not of these classes, but with all of theirs that is used here and by `LocalTraining`.
+            self.trainer, self.data = cast("tuple[Trainer, SiteData]", open_edge(job, site=site, path=data))
+        else:
+            self.trainer, self.data = _with_torch(job, site, data, evaluated)
         self.trainer.try_out(self.data.train)
-        self.layout = layout_for(job, self.trainer.parameters.size, self.strategy.traits)
+        self.layout = layout_for(job, self.trainer.parameters, self.strategy.traits)
         self.test = self.trainer.place(self.data.test)
         self.training: LocalTraining | None = None
 
@@ -75,6 +69,7 @@ class Loaded:
                 "metrics": list(self.layout.metrics),
                 "received": self.layout.asked,
                 "memory": self.layout.memory,
+                "received_only": self.layout.received_only,
                 "personal": self.strategy.traits.personal,
             },
             "shapes": [[name, list(shape)] for name, shape in self.trainer.parameters.shapes.items()],
@@ -115,6 +110,24 @@ class Loaded:
             return {"rows": 0}
         figures = self.trainer.figures(self.trainer.outputs(self.test.features), self.test.targets)
         return {**{name: value for name, value in figures.items() if value is not None}, "rows": len(self.test)}
+
+
+def _with_torch(job: Job, site: str, data: Path, evaluated: Vector) -> tuple[Trainer, SiteData]:
+    from client.data import class_count
+    from client.evaluation import Judge
+    from client.reading import feature_count, records_of, site_data
+    from client.tables import read_frame
+    from client.tasks import initial_model, task_for
+    from client.training import Trainer
+
+    # The task's own code is built before records are read: what it says in an error cannot hold one.
+    task = task_for(job)
+    judge = Judge(job) if job.evaluation is not None else None
+    model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
+    trainer = Trainer(task, model, job.training)
+    records = records_of(read_frame(data, job.data), job, where=str(data))
+    rows = site_data(records, job, site=site) if judge is None else judge.site_data(records, evaluated, site=site)
+    return trainer, rows
 
 
 class Child:
@@ -161,10 +174,13 @@ class Child:
     def _open(self, call: dict[str, Any], given: Vector) -> tuple[dict[str, Any], Vector]:
         self._loaded = None
         job = check_job(tomllib.loads(call["job"]), where="the job")
-        self._loaded = Loaded(job, call["site"], Path(call["data"]), given)
+        engine = call.get("engine", "torch")
+        self._loaded = Loaded(job, call["site"], Path(call["data"]), given, engine=engine)
         return self._loaded.describe(), NOTHING
 
     def _plan(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:
+        from client.site import SitePlan
+
         assert self._loaded is not None
         self._loaded.plan(SitePlan(call["rows"], sgd=sgd_from(call["sgd"])))
         return {}, NOTHING

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 
@@ -81,8 +81,10 @@ class Proof:
 class TrainerProcess:
     """One job's trainer in a process of its own: `start`, `open`, `plan`, then `train` and `evaluate` at will.
 
-    `data` is the site's one data file, `hidden` the folders that the child must not see (they have to be there), `code`
-    the folder of the site's own task. A call that takes longer than `timeout_s` kills the child and raises.
+    `data` is the site's one data file or folder, `hidden` the folders that the child must not see (they have to be
+    there), `code` the folder of the site's own task, `models` that of its pre-trained checkpoints, `engine` what
+    trains ("edge" on small devices, `client.edge`). A call that takes longer than `timeout_s` kills the child and
+    raises.
 
     | the child ...                    | the call ...                                                        |
     |----------------------------------|---------------------------------------------------------------------|
@@ -103,12 +105,15 @@ class TrainerProcess:
         data: Path,
         hidden: Sequence[Path] = (),
         code: Path | None = None,
+        models: Path | None = None,
+        engine: Literal["torch", "edge"] = "torch",
         isolation: Isolation = "auto",
         timeout_s: float = 3600.0,
         memory_bytes: int | None = None,
         child: Sequence[str] = CHILD,
     ) -> None:
-        self._data, self._hidden, self._code = data, list(hidden), code
+        self._data, self._hidden, self._code, self._models = data, list(hidden), code, models
+        self._engine = engine
         self._asked, self._timeout_s, self._memory_bytes = isolation, timeout_s, memory_bytes
         self._argv = list(child)
         self._output = bytearray()
@@ -270,11 +275,11 @@ class TrainerProcess:
         assert self._sandbox is not None, "start it first"
         command = self._sandbox.command(
             self._argv,
-            readable=[self._data, *([self._code] if self._code else [])],
+            readable=[path for path in (self._data, self._code, self._models) if path is not None],
             hidden=self._hidden,
             memory_bytes=self._memory_bytes,
         )
-        self._life = life = Life(command, environment(self._code), self._output)
+        self._life = life = Life(command, environment(self._code, models=self._models), self._output)
         try:
             self._proof = self._prove(life, self._sandbox)
             if self._job is not None and self._open(life, *self._job) != self._opened:
@@ -304,6 +309,7 @@ class TrainerProcess:
 
     def _open(self, life: Life, job: Job, site: str, evaluated: Vector) -> Opened:
         call = {"call": "open", "job": job.toml.decode(), "site": site, "data": str(self._data.resolve())}
+        call["engine"] = self._engine
         answer = self._ask(life, call, evaluated)
         if answer.get("job") != job.hash:
             raise MalformedFrame("it is for another job")
@@ -311,8 +317,9 @@ class TrainerProcess:
         if not isinstance(device, str):
             raise MalformedFrame("it names no device")
         rows, test_rows = _count(answer.get("rows")), _count(answer.get("test_rows"))
-        parameters = _parameters(answer.get("shapes"))
-        return Opened(rows, test_rows, parameters, _line(device), *_layout(answer.get("layout")))
+        layout, personal = _layout(answer.get("layout"))
+        parameters = _parameters(answer.get("shapes"), layout.received_only)
+        return Opened(rows, test_rows, parameters, _line(device), layout, personal)
 
     def _tell_plan(self, life: Life, plan: SitePlan) -> None:
         self._ask(life, {"call": "plan", "rows": plan.rows, "sgd": sgd_record(plan.sgd)})
@@ -353,7 +360,8 @@ def _count(value: Any) -> int:
     return value
 
 
-def _parameters(shapes: Any) -> Parameters:
+def _parameters(shapes: Any, received_only: int) -> Parameters:
+    """What the child says of its arrays; the last of them, of `received_only` scalars together, are received only."""
     named: dict[str, tuple[int, ...]] = {}
     for item in shapes if isinstance(shapes, list) else []:
         match item:
@@ -362,7 +370,12 @@ def _parameters(shapes: Any) -> Parameters:
             case _:
                 raise MalformedFrame("its shapes are malformed")
     _count(math.prod(1 for _ in named) and sum(math.prod(shape) for shape in named.values()))
-    return Parameters(named)
+    last: list[str] = []
+    while sum(math.prod(named[name]) for name in last) < received_only and len(last) < len(named):
+        last.insert(0, list(named)[-1 - len(last)])
+    if sum(math.prod(named[name]) for name in last) != received_only:
+        raise MalformedFrame("what it says of its arrays does not add up")
+    return Parameters(named, tuple(last))
 
 
 def _layout(told: Any) -> tuple[Layout, bool]:
@@ -373,11 +386,13 @@ def _layout(told: Any) -> tuple[Layout, bool]:
             "metrics": list(metrics),
             "received": received,
             "memory": int(memory),
+            "received_only": int(last),
             "personal": bool(own),
         }:
             sent, received = _count(sent), _count(received)
-            if all(isinstance(name, str) for name in metrics) and 0 <= memory < MOST_PARAMETERS:
-                return Layout(sent, tuple(metrics), None if received == sent else received, memory), own
+            small = 0 <= memory < MOST_PARAMETERS and 0 <= last < MOST_PARAMETERS
+            if all(isinstance(name, str) for name in metrics) and small:
+                return Layout(sent, tuple(metrics), None if received == sent else received, memory, last), own
     raise MalformedFrame("its layout is malformed")
 
 

@@ -10,32 +10,25 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from client.adjustment import Adjustment
 from client.data import Records
+from client.encodings import PADDING
 from client.tasks import Scores, Task
-from privacy.dpsgd import RecordLevelSgd, VmapGradients, check_trainable
+from privacy.dpsgd import PHYSICAL_BATCH, RecordLevelSgd, check_trainable
 from privacy.errors import JobError
+from privacy.gradients import Method, gradients_for
 from privacy.noise import NoiseSource
 from strategies.job import Training
 from strategies.parameters import Parameters, Vector
 
 PIECE = 4096  # Rows that are evaluated at once.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adjustment:
-    """What a strategy adds to each gradient g at the model w: g + `pull` (w - `towards`) + `drift`, and zero where
-    `frozen`. Arrays are (P,): float32, `frozen` bool."""
-
-    pull: float = 0.0
-    towards: Vector | None = None
-    drift: Vector | None = None
-    frozen: NDArray[np.bool_] | None = None
+FEW = 16  # Rows of a pre-trained model that are trained on at once, where the job does not say.
 
 
 @dataclass(frozen=True)
@@ -49,6 +42,16 @@ class DeviceRecords:
         return len(self.targets)
 
 
+@runtime_checkable
+class Apart(Protocol):
+    """What a model has of which a part may be fixed."""
+
+    def apart(self) -> tuple[nn.Module, nn.Module] | None:
+        """What makes features of rows, once, and the model that is trained on them, its parameters under the names that
+        they have here; None where everything is trained."""
+        ...
+
+
 class Trainer:
     """The model of one process and what trains it. Not safe between threads: one model, one caller."""
 
@@ -56,24 +59,36 @@ class Trainer:
         check_trainable(model)
         self.device = _device(training.device)
         self.task, self._training = task, training
+        # A head on a fixed model is trained on that model's outputs, which are computed once.
+        parts = model.apart() if isinstance(model, Apart) else None
+        self._fixed: nn.Module | None = parts[0].to(self.device) if parts is not None else None
+        model = parts[1] if parts is not None else model
         self._model = model.to(self.device)
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trainable:
             raise JobError("task.name: the model has no trainable parameters")
-        self.parameters = Parameters({name: tuple(p.shape) for name, p in trainable})
+        own = dict(model.named_parameters())
+        last = {name: own[name] for name in getattr(model, "received_only", ())}
+        self.parameters = Parameters({name: tuple(p.shape) for name, p in {**trainable, **last}.items()}, tuple(last))
         # Parameters and gradients become views into two flat buffers, so that loading, stepping and reading a model
         # are each one operation, whatever its layers.
-        self._flat = torch.cat([p.detach().float().reshape(-1) for _, p in trainable])
-        self._gradient = torch.zeros_like(self._flat)
+        self._flat = torch.cat([p.detach().float().reshape(-1) for p in (*trainable.values(), *last.values())])
+        self._trained = self._flat[: self.parameters.trained]
+        self._gradient = torch.zeros_like(self._trained)
         offset = 0
-        for _, parameter in trainable:
+        for name, parameter in {**trainable, **last}.items():
             view = slice(offset, offset + parameter.numel())
             parameter.data = self._flat[view].view_as(parameter)
-            parameter.grad = self._gradient[view].view_as(parameter)
+            if name in trainable:
+                parameter.grad = self._gradient[view].view_as(parameter)
             offset += parameter.numel()
-        self._arrays = [parameter for _, parameter in trainable]
-        self._ends = np.cumsum(self.parameters.sizes)[:-1]
-        self._per_example = VmapGradients(self._model, task.loss)
+        self._arrays = list(trainable.values())
+        self._ends = np.cumsum(self.parameters.trained_sizes)[:-1]
+        self._at_once = training.physical_batch or PIECE
+        method: Method = getattr(task, "gradients", "vmap")
+        small = method == "vmap" or self._fixed is not None
+        rows = training.physical_batch or (PHYSICAL_BATCH if small else FEW)
+        self._clipped = gradients_for(self._model, task.loss, method=method, physical_batch=rows, names=list(trainable))
 
     def read(self) -> Vector:
         """The parameters as (P,) float32. On the CPU it is a view: copy it before the next `load`."""
@@ -84,9 +99,10 @@ class Trainer:
 
     def place(self, records: Records) -> DeviceRecords:
         """Move rows to the training device; on the CPU they share the records' memory."""
-        return DeviceRecords(
-            torch.from_numpy(records.features).to(self.device), torch.from_numpy(records.target).to(self.device)
-        )
+        features = torch.from_numpy(records.features).to(self.device)
+        if self._fixed is not None:
+            features = self._fixed(features)
+        return DeviceRecords(features, torch.from_numpy(records.target).to(self.device))
 
     def train(
         self,
@@ -118,12 +134,13 @@ class Trainer:
                     order, start = torch.randperm(rows, generator=generator).to(self.device), 0
                 chosen = order[start : start + batch]
                 start += batch
-                losses = self.task.loss(self._model(records.features[chosen]), records.targets[chosen])
                 self._gradient.zero_()
-                losses.mean().backward()  # type: ignore[no-untyped-call]
-                change(self._gradient, self._flat)
-                self._flat.sub_(self._gradient, alpha=rate)
-                loss_sum += losses.detach().sum()
+                for piece in torch.split(chosen, self._at_once):
+                    losses = self.task.loss(self._model(records.features[piece]), records.targets[piece])
+                    (losses.sum() / len(chosen)).backward()  # type: ignore[no-untyped-call]
+                    loss_sum += losses.detach().sum()
+                change(self._gradient, self._trained)
+                self._trained.sub_(self._gradient, alpha=rate)
                 examples += len(chosen)
                 if enough():
                     break
@@ -133,7 +150,8 @@ class Trainer:
     def _resting(self, adjust: Adjustment | None) -> Iterator[None]:
         """No gradient is worked out for arrays that are frozen as a whole: a weak site saves the way back to them."""
         frozen = adjust.frozen if adjust is not None else None
-        whole = [] if frozen is None else [bool(part.all()) for part in np.split(frozen, self._ends)]
+        parts = [] if frozen is None else np.split(frozen[: self.parameters.trained], self._ends)
+        whole = [bool(part.all()) for part in parts]
         resting = [] if all(whole) else [array for array, rests in zip(self._arrays, whole, strict=True) if rests]
         try:
             for array in resting:
@@ -144,22 +162,28 @@ class Trainer:
                 array.requires_grad_(True)
 
     def _adjusted(self, adjust: Adjustment | None) -> Callable[[Tensor, Tensor], None]:
-        """What happens to each gradient: weight decay, then `adjust`, placed on the training device once."""
-        decay = self._training.weight_decay
+        """What happens to each gradient before it is a step: `adjust`, placed on the training device once, weight
+        decay, and what the optimizer makes of it."""
+        decay, adam = self._training.weight_decay, None
+        if self._training.optimizer == "adam":
+            adam = Adam(torch.zeros_like(self._trained), torch.zeros_like(self._trained))
         towards, drift, frozen = (
-            None if array is None else torch.from_numpy(array).to(self.device)
+            None if array is None else torch.from_numpy(array[: self.parameters.trained]).to(self.device)
             for array in ((adjust.towards, adjust.drift, adjust.frozen) if adjust is not None else (None,) * 3)
         )
         pull = adjust.pull if adjust is not None else 0.0
 
         def change(gradient: Tensor, parameters: Tensor) -> None:
-            if decay:
+            if decay and adam is None:
                 gradient.add_(parameters, alpha=decay)
             if pull:
                 assert towards is not None
                 gradient.add_(parameters, alpha=pull).sub_(towards, alpha=pull)
             if drift is not None:
                 gradient.add_(drift)
+            if adam is not None:
+                adam.direct(gradient)
+                gradient.add_(parameters, alpha=decay)  # Decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101).
             if frozen is not None:
                 gradient.masked_fill_(frozen, 0.0)
 
@@ -186,15 +210,16 @@ class Trainer:
         """
         self._seed_layers(int(source.words(1)[0]) >> 1)
         self._model.train()
-        sgd.train(
-            self._flat,
-            records.features,
-            records.targets,
-            gradients=self._per_example,
-            source=source,
-            learning_rate=self._training.learning_rate if learning_rate is None else learning_rate,
-            adjust=self._adjusted(adjust),
-        )
+        with self._resting(adjust):
+            sgd.train(
+                self._trained,
+                records.features,
+                records.targets,
+                gradients=self._clipped,
+                source=source,
+                learning_rate=self._training.learning_rate if learning_rate is None else learning_rate,
+                adjust=self._adjusted(adjust),
+            )
 
     def loss(self, records: DeviceRecords) -> float:
         """The mean loss of the loaded model over `records`."""
@@ -233,6 +258,34 @@ class Trainer:
         with torch.no_grad():
             # In pieces: the inner values of an image model take many times what its images take.
             return torch.cat([self._model(piece) for piece in torch.split(features, PIECE)])
+
+    def by_length(self, records: Records) -> Records:
+        """The same rows, the shortest texts first, where the task's model reads texts: rows that are next to each other
+        are trained on at once under record-level privacy, and little of them is padding then."""
+        if getattr(self.task, "column_type", None) != "tokens":
+            return records
+        return records.take(np.argsort((records.features != PADDING).sum(axis=1), kind="stable"))
+
+
+@dataclass
+class Adam:
+    """Kingma and Ba 2015 (arXiv:1412.6980), Algorithm 1, as what it makes of a gradient: the step is that times the
+    learning rate. Of a noisy gradient it is post-processing, and costs no privacy."""
+
+    first: Tensor
+    second: Tensor
+    steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+
+    def direct(self, gradient: Tensor) -> None:
+        """Replace `gradient` ((P,) float32) by the direction of the next step."""
+        self.steps += 1
+        (one, other), steps = self.betas, self.steps
+        self.first.mul_(one).add_(gradient, alpha=1 - one)
+        self.second.mul_(other).addcmul_(gradient, gradient, value=1 - other)
+        size = (self.second / (1 - other**steps)).sqrt_().add_(self.epsilon)
+        torch.div(self.first, size, out=gradient).div_(1 - one**steps)
 
 
 def _device(name: str) -> torch.device:

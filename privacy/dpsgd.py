@@ -3,15 +3,16 @@
 Training and accounting come out of one object, `RecordLevelSgd`: the sampling rate, the clip norm, the noise and the
 number of steps that it trains with are the ones its `event` charges, so they cannot drift apart.
 
-Per-example gradients come from `torch.func` (vmap over grad) behind the small `PerExampleGradients` seam: on CPU it
-is the fastest of the exact engines, and on models without batch statistics it equals a loop over single records.
+What makes the clipped sum of a batch stands behind the seam `ClippedGradients`. Small models use `ClippedPieces` of
+`VmapGradients` (`torch.func`, vmap over grad): on CPU the fastest of the exact engines, and on models without batch
+statistics equal to a loop over single records. `privacy.gradients` chooses between it and those for large models.
 
 torch is imported where it trains alone: a gate that charges for training in another process does without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,19 +33,32 @@ LossPerExample = Callable[["Tensor", "Tensor"], "Tensor"]
 PHYSICAL_BATCH = 1024  # Rows whose gradients are held at once: memory is this times the number of parameters.
 
 
+class ClippedGradients(Protocol):
+    """Makes the clipped sum of one logical batch."""
+
+    def clipped_sum(
+        self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, mechanism: GaussianSum
+    ) -> NDArray[np.int64]:
+        """Sum the gradients of the rows `chosen`, each clipped, on the grid of `mechanism`: (P,) int64.
+
+        (P,) float32, (n, ...), (n, ...), (b,) int64. Guarantee: one row more or less moves the sum by an L2 norm of at
+        most `STEPS_PER_CLIP`. No row chosen: zeros, and no model is run.
+        """
+
+
 class PerExampleGradients(Protocol):
     def __call__(self, parameters: Tensor, features: Tensor, targets: Tensor) -> Tensor:
         """(P,) float32, (B, ...), (B, ...) -> (B, P) float32: row i is the gradient of example i's loss alone."""
 
 
 class VmapGradients:
-    """`PerExampleGradients` of `model` and `loss` by vmap(grad); parameters in the order of `model.parameters()`."""
+    """`PerExampleGradients` of `model` and `loss` by vmap(grad), in the order of `trained_parameters(model, names)`."""
 
-    def __init__(self, model: nn.Module, loss: LossPerExample) -> None:
+    def __init__(self, model: nn.Module, loss: LossPerExample, names: Sequence[str] | None = None) -> None:
         from torch.func import grad, vmap
 
         self._model, self._loss = model, loss
-        trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trainable = list(trained_parameters(model, names).items())
         self._names = [name for name, _ in trainable]
         self._shapes = [parameter.shape for _, parameter in trainable]
         self._sizes = [parameter.numel() for _, parameter in trainable]
@@ -63,6 +77,38 @@ class VmapGradients:
         named = {name: view.view(shape) for name, view, shape in zip(self._names, views, self._shapes, strict=True)}
         outputs = functional_call(self._model, named, (features.unsqueeze(0),))
         return self._loss(outputs, target.unsqueeze(0)).squeeze(0)
+
+
+def trained_parameters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The parameters that a flat vector holds, in its order: those `names`, else all that require a gradient, in the
+    order of `model.named_parameters()`. Raises `JobError` for a name that the model lacks."""
+    every = dict(model.named_parameters())
+    if names is None:
+        return {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+    for name in names:
+        if name not in every:
+            raise JobError(f"the model has no parameter {name!r} to train; check the names of the trained layers")
+    return {name: every[name] for name in names}
+
+
+@dataclass(frozen=True)
+class ClippedPieces:
+    """`ClippedGradients` that holds the gradients of `physical_batch` rows at once."""
+
+    per_example: PerExampleGradients
+    physical_batch: int = PHYSICAL_BATCH
+
+    def clipped_sum(
+        self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, mechanism: GaussianSum
+    ) -> NDArray[np.int64]:
+        total = np.zeros(parameters.numel(), dtype=np.int64)
+        # In pieces: the sum of integers does not depend on how a batch is cut, and memory stays bounded. An empty
+        # batch has no piece: many models cannot run on zero rows.
+        for start in range(0, len(chosen), self.physical_batch):
+            piece = chosen[start : start + self.physical_batch]
+            per_example = self.per_example(parameters, features[piece], targets[piece])
+            total += mechanism.quantised_sum(per_example.detach().cpu().numpy())
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +137,7 @@ class RecordLevelSgd:
         features: Tensor,
         targets: Tensor,
         *,
-        gradients: PerExampleGradients,
+        gradients: ClippedGradients,
         source: NoiseSource,
         learning_rate: float,
         adjust: Callable[[Tensor, Tensor], None] = lambda gradient, parameters: None,
@@ -107,23 +153,11 @@ class RecordLevelSgd:
         expected_batch = self.sampling_rate * rows
         for _ in range(self.steps):
             chosen = torch.from_numpy(poisson_sample(source, rows, self.sampling_rate)).to(features.device)
-            total = self._clipped_sum(parameters, features, targets, chosen, gradients)
+            total = gradients.clipped_sum(parameters, features, targets, chosen, self.mechanism)
             noisy = self.mechanism.release(total, source)
             step = torch.from_numpy((noisy / expected_batch).astype(np.float32)).to(parameters.device)
             adjust(step, parameters)
             parameters.sub_(step, alpha=learning_rate)
-
-    def _clipped_sum(
-        self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, gradients: PerExampleGradients
-    ) -> NDArray[np.int64]:
-        total = np.zeros(parameters.numel(), dtype=np.int64)
-        # In pieces: the sum of integers does not depend on how a batch is cut, and memory stays bounded. An empty
-        # batch has no piece: many models cannot run on zero rows.
-        for start in range(0, len(chosen), PHYSICAL_BATCH):
-            piece = chosen[start : start + PHYSICAL_BATCH]
-            per_example = gradients(parameters, features[piece], targets[piece])
-            total += self.mechanism.quantised_sum(per_example.detach().cpu().numpy())
-        return total
 
 
 def _mixes_or_keeps_records(module: nn.Module) -> bool:

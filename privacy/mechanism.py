@@ -21,7 +21,7 @@ STEPS_PER_CLIP = 2**20  # Grid steps in one clip norm: rounding costs a milliont
 # Outside, a scaled row or a released value could leave float64's range; and no model's clip norm is near either.
 LEAST_CLIP_NORM, MOST_CLIP_NORM = 2.0**-100, 2.0**100
 # Shrinks the clip by 6e-8, more than float64 can err in a norm of 2^29 coordinates: the bound holds in integers.
-_MARGIN = 1.0 - 2.0**-24
+CLIP_MARGIN = 1.0 - 2.0**-24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class GaussianSum:
         share = math.sqrt(len(blocks))
         for block in blocks:  # Views: one block is the row itself.
             own = norms if len(blocks) == 1 else np.sqrt(np.einsum("ij,ij->i", block, block))
-            steps = STEPS_PER_CLIP * _MARGIN / share
+            steps = STEPS_PER_CLIP * CLIP_MARGIN / share
             block *= (steps / np.maximum(np.where(finite, own, 0.0), self.clip_norm / share))[:, None]
         total: NDArray[np.int64] = np.trunc(rows, out=rows).sum(axis=0).astype(np.int64)
         return total
@@ -125,5 +125,5 @@ def clip_in_place(update: NDArray[np.float32], clip_norm: float) -> bool:
         return False
     if norm > clip_norm:
         # In float64: next to the largest float32 the factor itself would be subnormal, and short of digits.
-        np.multiply(update, clip_norm / norm * _MARGIN, out=update, dtype=np.float64, casting="same_kind")
+        np.multiply(update, clip_norm / norm * CLIP_MARGIN, out=update, dtype=np.float64, casting="same_kind")
     return norm <= clip_norm

@@ -219,12 +219,13 @@ def _prepared(
     from strategies.job import load_job
     from strategies.parameters import Parameters, vector_hash
 
-    job = load_job(path, overrides or []).portable
+    here = load_job(path, overrides or [])
+    job = here.portable
     strategy_for(job)
     if model is not None:
         _, vector = Parameters.load(model)
         return job, model.read_bytes(), vector_hash(vector)
-    parameters, vector = build_model(job)
+    parameters, vector = build_model(here)  # Its checkpoint is named as it is found here.
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "initial.safetensors"
         parameters.save(vector, written, {"job": job.hash, "round": "0"})

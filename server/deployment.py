@@ -26,7 +26,7 @@ from server.jobs import JobFolder
 from server.release import CentralRelease, PlainRelease, Release, ReleasePlan
 from server.rounds import Diverged, RoundResult, heads_line, newest_heads, run_rounds
 from server.secure import SecureCollector
-from strategies.catalogue import strategy_for
+from strategies.catalogue import fitted, strategy_for
 from strategies.composition import check_sites
 from strategies.job import Job
 from strategies.messages import Agreed, Deliver, MalformedMessage, Offer, Refusal, check_agreed
@@ -85,11 +85,11 @@ class Deployment:
     def _run(self) -> None:
         job, (parameters, start) = self.folder.job, Parameters.load(self.folder.initial)
         names = sorted(member.name for member in self.roster.members)
-        strategy = strategy_for(job)
-        layout = layout_for(job, parameters.size, strategy.traits)
+        strategy = fitted(strategy_for(job), parameters)
+        layout = layout_for(job, parameters, strategy.traits)
         secure = None
         if job.secure_aggregation is not None:
-            secure = SecureSum.make(job, sites=len(names), layout=layout, layers=parameters.sizes)
+            secure = SecureSum.make(job, sites=len(names), layout=layout, layers=parameters.trained_sizes)
         check_sites(job, names)
         check_robust(job, sites=len(names), layout=layout)
         needed = max(1, job.least_answers, secure.shape.minimum if secure is not None else 0)
@@ -189,7 +189,7 @@ class Deployment:
         if job.privacy.central is None:
             return PlainRelease(layout)
         plan = ReleasePlan.make(
-            job, clients=clients, parameters=parameters.size, rng=OsNoise.kind, layers=parameters.sizes
+            job, clients=clients, parameters=layout.parameters, rng=OsNoise.kind, layers=parameters.trained_sizes
         )
         ledger, (_, seen) = Ledger(self.ledger, SERVER, self.key), self._heads()
         ledger.refresh()

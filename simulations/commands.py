@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from simulations import export_commands
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -34,6 +36,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="evaluate", epilog="Example: fedchorus evaluate runs/hospitals-20260101-120000")(evaluate)
     app.command(name="schema", epilog="Example: fedchorus schema my-job.toml")(schema)
     app.command(name="plan", epilog="Example: fedchorus plan hospitals --set training.rounds=100")(plan)
+    export_commands.add_to(app)
 
 
 def simulate(

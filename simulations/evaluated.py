@@ -36,7 +36,7 @@ def evaluated_models(job: Job) -> Callable[[str], Vector]:
         return lambda _name: shared
     strategy = strategy_for(trained)
     received = strategy.broadcast(load_checkpoint(folder.checkpoint, job=trained.hash))
-    size = layout_for(trained, parameters.size, strategy.traits).memory
+    size = layout_for(trained, parameters, strategy.traits).memory
 
     def own(name: str) -> Vector:
         return own_model(strategy, received, SiteMemory.in_file(folder.files_of(name).memory, size), parameters)

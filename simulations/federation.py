@@ -30,7 +30,7 @@ from simulations.evaluated import evaluated_models
 from simulations.faults import FaultySite, Handler, Lie, LyingSum, liars
 from simulations.partition import partition
 from simulations.synthetic import SETS
-from strategies.catalogue import strategy_for
+from strategies.catalogue import fitted, strategy_for
 from strategies.composition import check_sites
 from strategies.job import Job
 from strategies.parameters import Vector
@@ -91,16 +91,19 @@ class Federation:
             raise JobError(f"task: the model cannot be built ({' '.join(str(error).split())})") from error
         trainer = Trainer(task, model, job.training)
         trainer.try_out(next(iter(data.values())).train)
+        strategy = fitted(strategy, trainer.parameters)
         received = strategy.broadcast(strategy.start(trainer.read(), sites=len(data)))
         strategy.own_model(received, {}, trainer.parameters)  # It looks for the arrays that the job names.
         secure = None
         if job.secure_aggregation is not None:
             parameters = trainer.parameters
-            layout = layout_for(job, parameters.size, strategy.traits)
+            layout = layout_for(job, parameters, strategy.traits)
             most = max(len(own.train) for own in data.values())
-            secure = SecureSum.make(job, sites=len(data), layout=layout, layers=parameters.sizes, most_rows=most)
+            secure = SecureSum.make(
+                job, sites=len(data), layout=layout, layers=parameters.trained_sizes, most_rows=most
+            )
         check_sites(job, list(data), strategy)
-        check_robust(job, sites=len(data), layout=layout_for(job, trainer.parameters.size, strategy.traits))
+        check_robust(job, sites=len(data), layout=layout_for(job, trainer.parameters, strategy.traits))
         return cls(job, data, task, trainer, strategy, secure)
 
     @cached_property
@@ -117,11 +120,11 @@ class Federation:
             name: SitePlan.make(
                 self.job,
                 rows=len(data.train),
-                parameters=self.trainer.parameters.size,
+                parameters=self.trainer.parameters.trained,
                 rng=self.noise_kind,
                 site=name,
                 noise_multiplier=known[name]["noise_multiplier"] if known is not None else None,
-                layers=self.trainer.parameters.sizes,
+                layers=self.trainer.parameters.trained_sizes,
                 secure=self.secure,
             )
             for name, data in self.data.items()
@@ -134,10 +137,10 @@ class Federation:
         return ReleasePlan.make(
             self.job,
             clients=len(self.data),
-            parameters=self.trainer.parameters.size,
+            parameters=self.trainer.parameters.trained,
             rng=self.noise_kind,
             noise_multiplier=known["calibrated"] if known is not None else None,
-            layers=self.trainer.parameters.sizes,
+            layers=self.trainer.parameters.trained_sizes,
         )
 
     def cohort(self, round_number: int) -> list[str]:
@@ -157,7 +160,7 @@ class Federation:
 
     @cached_property
     def layout(self) -> Layout:
-        return layout_for(self.job, self.trainer.parameters.size, self.strategy.traits)
+        return layout_for(self.job, self.trainer.parameters, self.strategy.traits)
 
     def own_model(self, received: Vector, files: Files) -> Vector:
         """The model ((P,) float32) of a site that received this and keeps what is in `files`."""

@@ -9,8 +9,10 @@ from client.data import class_count, feature_names
 from client.reading import feature_count
 from simulations.secure_sums import who_may_lie, who_saw_what
 from strategies import evaluation
+from strategies.checkpoint import portable
 from strategies.job import Job
 from strategies.job_privacy import ClientPrivacy, RecordPrivacy
+from strategies.job_task import Tuning
 from strategies.measured import SHOWN_BY, measures
 from strategies.parameters import Parameters
 from strategies.statistics import TASK, blocks_of
@@ -18,16 +20,14 @@ from strategies.statistics import TASK, blocks_of
 
 def model_card(job: Job, summary: Mapping[str, Any], parameters: Parameters) -> str:
     """Markdown. Figures on test rows are those of the simulation."""
-    shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, shape))} |" for name, shape in parameters.shapes.items())
     figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items())
-    features = ", ".join(f"`{name}`" for name in _inputs(job))
     if (what := measures(job)) is not None:
-        return _measured(job, summary, what, features)
+        return _measured(job, summary, what, ", ".join(f"`{name}`" for name in _inputs(job)))
     return f"""# {job.name}
 
 A federated `{job.task.name}` model ({job.task.model}), trained by {job.strategy.name} over {summary["rounds"]} rounds
 at {len(summary["sites"])} simulated sites. Job `{summary["job_hash"]}`.
-
+{_started_from(job)}
 ## Figures
 
 On the test rows of all sites together; nobody trained on them.
@@ -40,26 +40,94 @@ On the test rows of all sites together; nobody trained on them.
 
 {_privacy(job, summary)}
 
-## Input and parameters
+{_input_and_parameters(job, parameters)}
 
-Target: `{job.data.target}`, {class_count(job.data)} classes. {feature_count(job)} features, in this order:
-{features}.
+{LIMITS}
+"""
 
-Numbers are clipped to the job's public ranges and mapped onto [-1, 1], or standardised where it gives a mean and a
-deviation; each category becomes indicators of all its values but the first. `job.toml` has the constants.
 
-`model.safetensors` holds {parameters.size} float32 parameters:
+def deployed_card(job: Job, summary: Mapping[str, Any], parameters: Parameters) -> str:
+    """Markdown, for a federation's job whose folder was fetched: what its coordinator knows, which is no site's rows
+    and none of its figures."""
+    return f"""# {job.name}
 
-| name | shape |
-|---|---|
-{shapes}
+A federated `{job.task.name}` model ({job.task.model}), trained by {job.strategy.name} over {summary["rounds"]} rounds
+at {len(summary["sites"])} sites. Job `{summary["job_hash"]}`.
+{_started_from(job)}
+## Privacy statement
 
-## Limits
+{_promised(job, summary)}
+
+{_input_and_parameters(job, parameters)}
+
+{LIMITS}
+"""
+
+
+LIMITS = """## Limits
 
 A demonstration of federated training on the named data, not a medical or financial device. The model has not been
 examined for bias between groups of people. What it reveals about groups is not limited by differential privacy, which
-limits what it reveals about any one record.
+limits what it reveals about any one record."""
+
+
+ROWS = """\
+Numbers are clipped to the job's public ranges and mapped onto [-1, 1], or standardised where it gives a mean and a
+deviation; each category becomes indicators of all its values but the first. `job.toml` has the constants."""
+PRETRAINED_ROWS = "`job.toml` says how many tokens of a text are read, or to which size an image is scaled."
+
+
+def _input_and_parameters(job: Job, parameters: Parameters) -> str:
+    shapes = "\n".join(f"| `{name}` | {' x '.join(map(str, shape))} |" for name, shape in parameters.shapes.items())
+    classes = class_count(job.data)
+    what = f", {classes} classes" if classes and job.data.target_type in (None, "class", "tags") else ""
+    features = ", ".join(f"`{name}`" for name in _inputs(job))
+    encoded = PRETRAINED_ROWS if job.task.model == "pretrained" else ROWS
+    return f"""## Input and parameters
+
+Target: `{job.data.target}`{what}. {feature_count(job)} features, in this order:
+{features}.
+
+{encoded}
+
+`model.safetensors` of the run holds {parameters.size} float32 parameters:
+
+| name | shape |
+|---|---|
+{shapes}"""
+
+
+def _started_from(job: Job) -> str:
+    """The paragraph on a pre-trained model's checkpoint, closed by an empty line, or nothing but that line's end."""
+    if job.task.checkpoint is None:
+        return ""
+    method = (job.task.tuning or Tuning()).method
+    return f"""
+It started from the pre-trained `{portable(job.task.checkpoint)}` (SHA-256 `{job.task.checkpoint_hash}`), of which
+`{method}` was tuned. What that model was trained on before, and may tell of it, is no part of the statement below.
 """
+
+
+def _promised(job: Job, summary: Mapping[str, Any]) -> str:
+    """What the job bound its sites to. What each spent stands in its own ledger, which the coordinator never has."""
+    parts: list[str] = []
+    for own, unit, whom in ((job.privacy.record, "Record", "a record"), (job.privacy.client, "Client", "a whole site")):
+        if own is None:
+            continue
+        most = f" of at most epsilon {own.epsilon:g}" if own.epsilon is not None else ""
+        spent = summary.get("epsilon_client") if isinstance(own, ClientPrivacy) else None
+        said = f" The server's own ledger charged epsilon {spent:.4f}." if isinstance(spent, float) else ""
+        where = "at every site" if isinstance(own, RecordPrivacy) else PLACES[own.placement]
+        parts.append(
+            f"{unit}-level (epsilon, delta)-differential privacy{most} at delta {own.delta:g} for {whom}, {where}, "
+            f"clip norm {own.clip_norm:g}.{said} The signed ledger of whoever added the noise holds what was spent; "
+            "`fedchorus audit` recomputes it."
+        )
+    if not parts:
+        parts.append("**None.** Nothing bounds what this model reveals about a record.")
+    if job.secure_aggregation is not None:
+        parts.append("Updates were summed by secure aggregation: the server saw no site's update.")
+    return "\n\n".join(parts)
 
 
 def _measured(job: Job, summary: Mapping[str, Any], what: str, blocks: str) -> str:
@@ -77,6 +145,12 @@ Not a model that predicts: the mean of a public function of {rows} at {len(summa
 The records meant are {rows}.{_ELSEWHERE if what == "evaluation" else ""}
 """
 
+
+PLACES = {
+    "central": "by noise that the server added to the sums",
+    "local": "by noise that each site added to its own updates",
+    "distributed": "by shares of noise that all sites added before the sums were shown",
+}
 
 _ELSEWHERE = " Nothing here bounds what the evaluated model tells about the rows that it was trained on."
 

@@ -28,7 +28,7 @@ class RoundTable:
         self._console, self._rounds, self._title = console, rounds, title
         self._rows: list[tuple[str, ...]] = []
         self._seconds: list[float] = []
-        self._headline = HEADLINES[0].name
+        self._headline, self._named = HEADLINES[0].name, False
         self._columns: tuple[str, ...] = COLUMNS
         self._widths: tuple[int, ...] = WIDTHS
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -50,16 +50,16 @@ class RoundTable:
         """Show one line of metrics.jsonl."""
         self._seconds.append(line["seconds"])
         left = (self._rounds - line["round"]) * sum(self._seconds) / len(self._seconds)
-        worst = line["worst_site"]
+        worst = line.get("worst_site")
         epsilons = line["epsilon"].values()
-        if not self._rows:
-            self._headline = headline(line).name
+        if not self._named and worst is not None:  # A round may go unscored.
+            self._named, self._headline = True, headline(line).name
             self._columns = tuple(self._headline if column == "accuracy" else column for column in self._columns)
         row: tuple[str, ...] = (
             f"{line['round']}/{self._rounds}",
             figure(line.get("loss"), 4),
             figure(line.get(self._headline), 3),
-            f"{worst} {figure(line['sites'][worst].get(self._headline), 3)}",
+            "-" if worst is None else f"{worst} {figure(line['sites'][worst].get(self._headline), 3)}",
             figure(max(epsilons, default=None), 3),
             figure(line.get("epsilon_client"), 3),
             f"{len(line['contributors'])}/{len(line['contributors']) + len(line['failures'])}",

@@ -329,6 +329,7 @@ def _epsilon_chart(rounds: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _curves(rounds: Sequence[Mapping[str, Any]]) -> Markup:
     figures = []
+    rounds = [entry for entry in rounds if entry.get("worst_site") is not None] or rounds
     for one in (Headline("loss", share=False, larger=False), headline(rounds[-1] if rounds else {})):
         metric, form = one.name, one.form
         title = f"{one.title} of the shared model on test rows"

@@ -345,6 +345,9 @@ class _Run:
 
     def _scores(self, evaluation: Evaluation, state: ServerState) -> dict[str, Any]:
         """How the model does, and how each site's own does there, where the strategy makes one."""
+        every = self.job.simulation.evaluate_every or 1
+        if state.round_number % every and state.round_number < self.job.training.rounds:
+            return {}
         scores, strategy = evaluation(state.model), self.federation.strategy
         if strategy.traits.personal:
             received = strategy.broadcast(state)

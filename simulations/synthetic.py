@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from simulations.synthetic_texts import WANTED, messages
+
 
 @dataclass(frozen=True)
 class Synthetic:
@@ -158,8 +160,16 @@ def retailers_recommend() -> Synthetic:
     return Synthetic(pd.DataFrame(columns), np.clip(expected, 1, 5).ravel())
 
 
+def banks_text() -> Synthetic:
+    """Messages to four offices of a bank (`simulations.synthetic_texts`); `best` is what is wanted, as its number among
+    `WANTED`: it follows from each message with certainty."""
+    table = messages()
+    return Synthetic(table, np.array([list(WANTED).index(wish) for wish in table["wish"]], dtype=np.float64))
+
+
 SETS: Mapping[str, Callable[[], Synthetic]] = {
     "banks": banks,
+    "banks-text": banks_text,
     "hospitals-survival": hospitals_survival,
     "retailers-forecast": retailers_forecast,
     "retailers-recommend": retailers_recommend,

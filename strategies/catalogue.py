@@ -14,6 +14,8 @@ from privacy.errors import JobError
 from strategies.composition import check_composition
 from strategies.explain import one_line
 from strategies.job import Job, StrategyChoice
+from strategies.lora import Adapters
+from strategies.parameters import Parameters
 from strategies.partial import PartialAverage, shares_of
 from strategies.protocol import Strategy, Traits
 
@@ -93,8 +95,17 @@ def strategy_for(job: Job) -> Strategy:
             "(docs/extending.md)"
         )
     check_composition(job, strategy)
-    shares = shares_of(job)
-    return PartialAverage(strategy, shares) if shares else strategy
+    shares, tuning = shares_of(job), job.task.tuning
+    if shares:
+        strategy = PartialAverage(strategy, shares)
+    if tuning is not None and (tuning.ranks or tuning.refactor_every):
+        strategy = Adapters(strategy, tuning.ranks or {}, tuning.refactor_every)
+    return strategy
+
+
+def fitted(strategy: Strategy, parameters: Parameters) -> Strategy:
+    """The strategy for a model of these arrays: what steps on the server. Raises `JobError`."""
+    return strategy.fitted(parameters) if isinstance(strategy, Adapters) else strategy
 
 
 def _settings(kind: Any, choice: StrategyChoice) -> dict[str, Any]:

@@ -30,6 +30,11 @@ def refusal(job: Job, traits: Traits) -> str | None:
             f'strategy.name = "{name}" needs the same number of steps at every site: give training.local_steps in '
             "place of local_epochs"
         )
+    if (traits.in_step or traits.scalars) and job.training.optimizer == "adam":
+        return (
+            f'strategy.name = "{name}" measures its corrections in steps of plain SGD: set training.optimizer = "sgd", '
+            'or take "fedavg" or "fedprox"'
+        )
     if traits.equal_steps and job.training.schedule is not None:
         return (
             f'strategy.name = "{name}" measures its corrections in steps of one size: leave out training.schedule, or '
@@ -56,6 +61,8 @@ def check_sites(job: Job, sites: Sequence[str], strategy: Strategy | None = None
     `strategy` takes more than there are."""
     training, regions = job.training, job.regions or {}
     named: dict[str, Iterable[str]] = {"training.work": training.work or (), "training.weak": training.weak or ()}
+    if job.task.tuning is not None:
+        named["task.tuning.ranks"] = job.task.tuning.ranks or ()
     named |= {f"regions.{region}": members for region, members in regions.items()}
     for key, names in named.items():
         if strange := sorted(set(names).difference(sites)):
@@ -91,8 +98,10 @@ def _edge_refusal(job: Job, traits: Traits) -> str | None:
             "training.budget_s with privacy.record: how many steps fit into it depends on how large the secret batches "
             "were, which no noise covers; take training.work = {SITE = STEPS}, which depends on nothing"
         )
-    if shares_of(job):
+    ranks = job.task.tuning.ranks if job.task.tuning is not None else None
+    if shares_of(job) or ranks:
         weak = "training.weak" if training.weak else "simulation.devices with trains below 1"
+        weak = "task.tuning.ranks" if ranks else weak
         if job.privacy.client is not None:
             return (
                 f"{weak} with privacy.client: each parameter is averaged over those who trained it, and the noise is "
@@ -175,6 +184,7 @@ def _asynchronous_refusal(job: Job, traits: Traits) -> str | None:
         "cohort.deadline_s": cohort.deadline_s,
         "regions": job.regions,
         "training.weak or a device that trains less": shares_of(job) or None,
+        "task.tuning.ranks": job.task.tuning.ranks if job.task.tuning is not None else None,
         "[robust]": None if job.robust.plain else job.robust,
     }
     if given := next((key for key, value in keys.items() if value is not None), None):

@@ -66,7 +66,7 @@ def kind_of(data: Data) -> Kind:
     match data.target_type:
         case "number" | "time":
             return data.target_type
-        case "next":
+        case "next" | "tags":
             return "classes"
     return "binary" if data.classes is None or len(data.classes) == 2 else "classes"
 

@@ -67,7 +67,9 @@ def _nearest(location: list[str], model: type[BaseModel]) -> str:
     # A table named by a person appears as `*`.
     here = [name for table, name in known if len(table) == len(parent) and all(map(_fits, table, parent))]
     near = {name: ".".join([*parent, name]) for name in here}
-    elsewhere = {name: ".".join([*table, name]) for table, name in reversed(known) if "*" not in table}
+    # Of several of one name the last is kept: one of the same top-level table, else the first of the job.
+    places = sorted(range(len(known)), key=lambda at: (known[at][0][:1] == tuple(parent[:1]), -at))
+    elsewhere = {name: ".".join([*table, name]) for table, name in (known[at] for at in places) if "*" not in table}
     # The very key elsewhere, then one like it here, then one much like it elsewhere.
     for names, cutoff in ((elsewhere, 1.0), (near, 0.6), (elsewhere, 0.75)):
         if close := difflib.get_close_matches(unknown, names, n=1, cutoff=cutoff):

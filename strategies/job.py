@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from privacy.errors import JobError
+from strategies.checkpoint import absolute, hashes, locate, portable
 from strategies.explain import explain, one_line
 from strategies.job_data import Data
 from strategies.job_privacy import Privacy, Robust, SecureAggregation
@@ -82,7 +83,9 @@ class Training(Section):
 
     A site stops when `budget_s` seconds are over, after one step at least; `work` is the most steps that a site takes.
     Neither changes what a round is charged with: the steps that the job plans. `weak` is the share of the model,
-    counted in parameters from its end, that a site trains; the layers before it stay as they are there.
+    counted in parameters from its end, that a site trains; the layers before it stay as they are there. At most
+    `physical_batch` rows are in memory at once, whatever the batch. The `optimizer` is plain `sgd`, or `adam`, which
+    begins anew in each round and decouples the weight decay.
     """
 
     rounds: Count
@@ -92,10 +95,12 @@ class Training(Section):
     local_epochs: Count | None = None
     batch_size: Count | None = None
     sampling_rate: Rate | None = None
+    optimizer: Literal["sgd", "adam"] | None = None
     weight_decay: NotNegative = 0.0
     budget_s: Positive | None = None
     work: dict[Name, Count] | None = None
     weak: dict[Name, Annotated[float, Field(gt=0, lt=1)]] | None = None
+    physical_batch: Count | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     @model_validator(mode="after")
@@ -224,9 +229,11 @@ class Device(Section):
 
 class Simulation(Section):
     """What only a simulation may do. `noise = "seeded"` repeats exactly and protects nobody. Kinds of `devices` put the
-    rounds on a virtual clock, which deadlines then go by."""
+    rounds on a virtual clock, which deadlines then go by. The model is scored every `evaluate_every` rounds, and after
+    the last."""
 
     engine: Literal["inline", "flower"] = "inline"
+    evaluate_every: Count | None = None
     noise: Literal["os", "seeded"] = "os"
     baselines: bool = True
     partition: Partition | None = None
@@ -279,6 +286,24 @@ class Job(Section):
             blocks = {"statistics": ["moments", "histogram", "missing", "categories", "labels"], "bins": 20}
             raw["task"] = {**blocks, **(task or {})}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_tokens(cls, raw: Any) -> Any:
+        """Texts become the tokens of the model that reads them, where the job names no other tokenizer."""
+        task, data = (raw.get(key) if isinstance(raw, dict) else None for key in ("task", "data"))
+        columns = data.get("columns") if isinstance(data, dict) else None
+        checkpoint = task.get("checkpoint") if isinstance(task, dict) else None
+        if not isinstance(columns, dict) or checkpoint is None:
+            return raw
+
+        def complete(column: Any) -> Any:
+            if not isinstance(column, dict) or column.get("type") != "tokens":
+                return column
+            return {"tokenizer": checkpoint, **column}
+
+        columns = {name: complete(column) for name, column in columns.items()}
+        return {**raw, "data": {**(data or {}), "columns": columns}}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -402,8 +427,22 @@ class Job(Section):
         data = self.data.model_copy(update={**sources, "folder": "."})
         training = self.training.model_copy(update={"device": "auto"})  # Each site's own affair.
         evaluation = self.evaluation.model_copy(update={"run": None}) if self.evaluation is not None else None
+        task = self.task
+        if task.checkpoint is not None:
+            task = task.model_copy(update={"checkpoint": portable(task.checkpoint)})
+        columns = {
+            name: column.model_copy(update={"tokenizer": portable(column.tokenizer)}) if column.tokenizer else column
+            for name, column in data.columns.items()
+        }
+        data = data.model_copy(update={"columns": columns})
         return self.model_copy(
-            update={"data": data, "training": training, "simulation": Simulation(), "evaluation": evaluation}
+            update={
+                "data": data,
+                "task": task,
+                "training": training,
+                "simulation": Simulation(),
+                "evaluation": evaluation,
+            }
         )
 
     @property
@@ -469,6 +508,12 @@ def _resolved(raw: dict[str, Any], overrides: Sequence[str], *, folder: Path, wh
         from strategies.evaluation import with_evaluated
 
         raw = with_evaluated(raw, beside=folder, where=where)
+    task = raw.get("task")
+    if isinstance(task, dict) and isinstance(task.get("checkpoint"), str):
+        reference = absolute(task["checkpoint"], folder.resolve())
+        # A resolved job has the hashes, and is read also where the checkpoint is not.
+        known = {"checkpoint_hash", "tokenizer_hash"} <= task.keys()
+        raw["task"] = {**({} if known else hashes(locate(reference))), **task, "checkpoint": reference}
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("folder", "."), str) and "bundled" not in data:
         data["folder"] = str((folder / data.get("folder", ".")).resolve())

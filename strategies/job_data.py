@@ -14,19 +14,24 @@ class Column(Section):
     """One feature, or what becomes many by public constants.
 
     A number with its `range`; a category with its `values`; a text, whose n-grams of words or letters are hashed into
-    `buckets`; the first `window` characters of an `alphabet`, for a next-character task; a square image of 8-bit
-    numbers with its `shape` [side, side] or [side, side, channels]; an id from 1 to `count`.
+    `buckets`; the first `length` tokens of a text, by the tokenizer of the task's checkpoint or of `tokenizer`, where
+    `join` may name the columns that it is put together from; the first `window` characters of an `alphabet`, for a
+    next-character task; a square image of 8-bit numbers with its `shape` [side, side] or [side, side, channels]; an id
+    from 1 to `count`.
 
     All of it is declared, not measured: a minimum or a vocabulary taken from the records would be a release. `mean` and
     `sd` standardise a number, `fill` stands for what is missing: a statistics job measures them (data.statistics).
     """
 
-    type: Literal["number", "category", "text", "characters", "image", "id"] = "number"
+    type: Literal["number", "category", "text", "tokens", "characters", "image", "id"] = "number"
     range: tuple[Bound, Bound] | None = Field(default=None, strict=False)
     values: list[str | int | float] | None = None
     buckets: Count | None = None
     ngrams: tuple[Count, Count] | None = Field(default=None, strict=False)
     analyzer: Literal["words", "letters"] | None = None
+    length: Annotated[int, Field(ge=2, le=2**17)] | None = None
+    tokenizer: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    join: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=2)
     alphabet: Annotated[str, Field(min_length=1)] | None = None
     window: Count | None = None
     shape: list[Count] | None = None
@@ -78,6 +83,7 @@ _OF_COLUMN: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "number": ((), ("range",)),
     "category": (("values",), ()),
     "text": (("buckets",), ("ngrams", "analyzer")),
+    "tokens": (("length", "tokenizer"), ("join",)),
     "characters": (("alphabet", "window"), ()),
     "image": (("shape",), ()),
     "id": (("count",), ()),
@@ -131,7 +137,8 @@ class Data(Section):
 
     The target is a class: 0 or 1, or one of `classes`, or positive exactly where it is among `positive`. By
     `target_type` it may also be a number (mapped by `target_range` and `target_log` for training; metrics keep its
-    unit), a time until an event or its censoring (the column `event` is 1 or 0), or the next character of a column. At
+    unit), a time until an event or its censoring (the column `event` is 1 or 0), the next character or token of a
+    column, a `text` of at most `target_length` tokens, or `tags`, one of `classes` for each word of a text. At
     most one of `bundled` (a data set that a dependency or fedchorus itself carries), `path` (one CSV, Parquet or .npz
     file, its sites named by the column `client`) and `files` (one file per site) says where a simulation finds the
     records; in a deployment each site has its own. Relative paths start at `folder`, which starts at the job file.
@@ -140,7 +147,15 @@ class Data(Section):
 
     dataset: Name = "records"
     bundled: (
-        Literal["breast-cancer", "digits", "banks", "hospitals-survival", "retailers-forecast", "retailers-recommend"]
+        Literal[
+            "breast-cancer",
+            "digits",
+            "banks",
+            "banks-text",
+            "hospitals-survival",
+            "retailers-forecast",
+            "retailers-recommend",
+        ]
         | None
     ) = None
     folder: str = "."
@@ -148,7 +163,8 @@ class Data(Section):
     files: dict[Name, str] | None = None
     client: str | None = None
     target: str
-    target_type: Literal["class", "number", "time", "next"] | None = None
+    target_type: Literal["class", "number", "time", "next", "text", "tags"] | None = None
+    target_length: Annotated[int, Field(ge=1, le=2**17)] | None = None
     target_range: tuple[Bound, Bound] | None = Field(default=None, strict=False)
     target_log: bool | None = None
     event: str | None = None
@@ -201,8 +217,12 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _target_of_its_type(self) -> Self:
-        if self.target_type not in (None, "class") and (self.positive or self.classes):
+        if self.target_type not in (None, "class", "tags") and (self.positive or self.classes):
             raise ValueError('positive and classes are for target_type = "class"')
+        if self.target_type == "tags" and (self.positive or not self.classes):
+            raise ValueError('target_type = "tags" needs `classes`, what a word can be, and not `positive`')
+        if (self.target_type == "text") != (self.target_length is not None):
+            raise ValueError('target_type = "text" and target_length, in tokens, go together')
         if self.target_type != "number" and (self.target_range or self.target_log or self.forecast):
             raise ValueError('target_range, target_log and forecast are for target_type = "number"')
         if (self.target_type == "time") != (self.event is not None):
@@ -217,11 +237,13 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _whole_columns_and_series(self) -> Self:
-        whole = [name for name, column in self.columns.items() if column.type in ("characters", "image")]
+        whole = [name for name, column in self.columns.items() if column.type in ("characters", "image", "tokens")]
         if whole and len(self.columns) > 1:
             raise ValueError(f"columns.{whole[0]} is a whole record by itself: it must be the only one of `columns`")
-        if self.target_type == "next" and (whole != [self.target] or self.columns[self.target].type != "characters"):
-            raise ValueError('target_type = "next" needs a target that is the one column, of type "characters"')
+        if self.target_type == "next" and whole != [self.target]:
+            raise ValueError('target_type = "next" needs a target that is the one column, of characters or tokens')
+        if self.target_type in ("text", "tags") and [self.columns[name].type for name in whole] != ["tokens"]:
+            raise ValueError(f'target_type = "{self.target_type}" needs a column of type "tokens"')
         if self.scaling == "site" and any(each.type not in ("number", "category") for each in self.columns.values()):
             raise ValueError('scaling = "site" is for numbers and categories alone; leave it out')
         if self.forecast is None:

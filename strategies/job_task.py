@@ -7,11 +7,60 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from strategies.sections import Bound, Count, NotNegative, Positive, Section, refuse_repeated
+from strategies.sections import Bound, Count, Name, NotNegative, Positive, Section, Sha256, refuse_repeated
+
+
+class Tuning(Section):
+    """What of a pre-trained model is trained; a new head always is (docs/finetuning.md).
+
+    `lora`: factors of rank `rank` beside the linear layers whose names end in one of `targets`, times `alpha` / `rank`.
+    Of their `factors` A and B only `b` is trained, from a fixed A of orthonormal rows, so that what sites add up is
+    exact; or `both`; or each in turn, round by round (`alternate`). `ranks` names weaker sites and the first so many
+    of the rank that they train. Every `refactor_every` rounds the server turns the factors, so that the first matter
+    most. `bias` and `norms` train what these words say, `head` the head alone, `full` all.
+
+    With `layers` only the last so many blocks are tuned; with `depth` only the first so many are used at all, which for
+    classes is often better, as the last ones were made for another task. In the first `head_rounds` rounds the head is
+    trained alone. `scale` is the length of the vectors that the
+    head sees: its gradients grow with it, against the other parameters'.
+    """
+
+    method: Literal["lora", "bias", "norms", "head", "full"] = "lora"
+    rank: Count = 8
+    alpha: Positive | None = None
+    targets: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    factors: Literal["b", "both", "alternate"] = "b"
+    ranks: dict[Name, Count] | None = Field(default=None, min_length=1)
+    refactor_every: Count | None = None
+    layers: Count | None = None
+    depth: Count | None = None
+    head_rounds: Count | None = None
+    scale: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _of_its_method(self) -> Self:
+        own = ("rank", "alpha", "targets", "factors", "ranks", "refactor_every")
+        # A resolved job holds the defaults: what is set to them is not given.
+        given = {key for key in own if getattr(self, key) != type(self).model_fields[key].default}
+        if self.method != "lora" and given:
+            raise ValueError(f'{min(given)} is for method = "lora"')
+        if self.refactor_every is not None and self.factors != "b":
+            raise ValueError('refactor_every is for factors = "b": it makes new factors of the sum of B A')
+        if self.ranks is not None and self.factors != "b":
+            raise ValueError('ranks is for factors = "b": the columns of B are averaged each by itself')
+        if any(rank >= self.rank for rank in (self.ranks or {}).values()):
+            raise ValueError(f"ranks are below the rank of {self.rank}, which all other sites train")
+        refuse_repeated("targets", self.targets)
+        return self
 
 
 class TaskChoice(Section):
-    """Model, loss and metrics. `name` may be `package.module:Name`, a class of your own (see docs/extending.md)."""
+    """Model, loss and metrics. `name` may be `package.module:Name`, a class of your own (see docs/extending.md).
+
+    A `pretrained` model comes from its `checkpoint`, the same at every site: `checkpoint_hash` and `tokenizer_hash` are
+    filled in where the job is made. It computes in `precision`; what is trained is float32. With `checkpointing` it
+    keeps less in memory and computes more.
+    """
 
     name: str = "tabular-classification"
     model: Literal[
@@ -23,7 +72,14 @@ class TaskChoice(Section):
         "cnn",
         "causal-convolution",
         "matrix-factorisation",
+        "pretrained",
     ] = "logistic-regression"
+    checkpoint: Annotated[str, Field(min_length=1, max_length=500)] | None = None
+    checkpoint_hash: Sha256 | None = None
+    tokenizer_hash: Sha256 | None = None
+    tuning: Tuning | None = None
+    precision: Literal["float32", "bfloat16"] | None = None
+    checkpointing: bool | None = None
     hidden: list[Count] = Field(default=[32, 16])
     heads: Count | None = None
     loss: Literal["squared", "huber", "cox", "discrete-time"] | None = None
@@ -39,6 +95,15 @@ class TaskChoice(Section):
             raise ValueError('statistics and bins are for name = "statistics"')
         if self.statistics is not None and not 0 < len(set(self.statistics)) == len(self.statistics):
             raise ValueError("statistics: name one or more blocks, each once")
+        return self
+
+    @model_validator(mode="after")
+    def _pretrained(self) -> Self:
+        if (self.model == "pretrained") != (self.checkpoint is not None):
+            raise ValueError('model = "pretrained" and checkpoint, where it lies, go together')
+        for key in ("checkpoint_hash", "tokenizer_hash", "tuning", "precision", "checkpointing"):
+            if getattr(self, key) is not None and self.model != "pretrained":
+                raise ValueError(f'{key} is for model = "pretrained"')
         return self
 
     @model_validator(mode="after")
@@ -94,8 +159,8 @@ class Evaluation(Section):
     """
 
     run: str | None = None
-    of: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    model_hash: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    of: Sha256
+    model_hash: Sha256
     model: Literal["shared", "own"] = "shared"
     bins: Annotated[int, Field(ge=10, le=1000, multiple_of=10)] = 100
     times: list[Positive] | None = Field(default=None, min_length=1)

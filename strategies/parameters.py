@@ -21,9 +21,18 @@ Vector = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Parameters:
-    """The order in which named arrays become one vector. Model classes stay where they are trained."""
+    """The order in which named arrays become one vector. Model classes stay where they are trained.
+
+    Those that are `received_only`, the last, travel to the sites and are not trained there: the fixed factors of
+    adapters, say. No contribution holds them.
+    """
 
     shapes: Mapping[str, tuple[int, ...]]
+    received_only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.received_only and tuple(self.shapes)[-len(self.received_only) :] != self.received_only:
+            raise ValueError("what is received only comes last")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -36,9 +45,20 @@ class Parameters:
         return sum(self.sizes)
 
     @property
+    def trained(self) -> int:
+        """How many of the scalars are trained: the first."""
+        return sum(self.trained_sizes)
+
+    @property
+    def trained_sizes(self) -> tuple[int, ...]:
+        """The number of scalars in each array that is trained, in order."""
+        return self.sizes[: len(self.shapes) - len(self.received_only)]
+
+    @property
     def digest(self) -> str:
         """SHA-256 of names and shapes in order, hexadecimal: what two sides compare."""
-        record = [[name, list(shape)] for name, shape in self.shapes.items()]
+        record: list[list[object]] = [[name, list(shape)] for name, shape in self.shapes.items()]
+        record += [[name] for name in self.received_only]
         return hashlib.sha256(json.dumps(record, separators=(",", ":")).encode()).hexdigest()
 
     def split(self, vector: Vector) -> dict[str, Vector]:
@@ -53,7 +73,9 @@ class Parameters:
     def save(self, vector: Vector, path: Path, metadata: Mapping[str, str]) -> None:
         """Write named arrays as safetensors; the order stands in the file's metadata."""
         arrays = self.split(np.ascontiguousarray(vector))
-        record = {**metadata, "order": list(self.shapes)}
+        record: dict[str, object] = {**metadata, "order": list(self.shapes)}
+        if self.received_only:
+            record["received_only"] = list(self.received_only)
         # One key: the library writes several in an arbitrary order, and equal models should be equal files.
         path.write_bytes(save(arrays, {"fedchorus": json.dumps(record, sort_keys=True)}))
 
@@ -62,14 +84,15 @@ class Parameters:
         """Read what `save` wrote. Raises `RunError` when the file is missing or something else."""
         try:
             with safe_open(path, framework="numpy") as file:
-                order = json.loads((file.metadata() or {})["fedchorus"])["order"]
+                record = json.loads((file.metadata() or {})["fedchorus"])
+                order, last = record["order"], tuple(record.get("received_only", ()))
                 arrays = {name: file.get_tensor(name) for name in order}
             vector = np.concatenate([array.astype(np.float32).ravel() for array in arrays.values()])
+            return cls({name: tuple(array.shape) for name, array in arrays.items()}, last), vector
         except FileNotFoundError:
             raise RunError(f"{path}: no such model file") from None
         except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError):
             raise RunError(f"{path}: not a model file of fedchorus (safetensors with an order)") from None
-        return cls({name: tuple(array.shape) for name, array in arrays.items()}), vector
 
 
 def vector_hash(vector: NDArray[np.float32]) -> str:

@@ -61,7 +61,7 @@ class PartialAverage:
 
     def _trained(self, total: Total) -> NDArray[np.float64]:
         """The weight of those who trained each parameter: (P,) float64."""
-        trained = np.full(total.layout.parameters, total.weight)
+        trained = np.full(total.layout.parameters + total.layout.received_only, total.weight)
         for share in self.shares:
             trained[: frozen_first(total.layout.parameters, share)] -= total.metrics[_name(share)]
         return trained

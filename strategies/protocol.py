@@ -105,6 +105,11 @@ class Local(Protocol):
         ...
 
     @property
+    def rank(self) -> int | None:
+        """Of adapters with `task.tuning.ranks`, how many columns this site trains; None for all."""
+        ...
+
+    @property
     def learning_rate(self) -> float:
         """Of this round's local steps."""
         ...

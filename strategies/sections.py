@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 LARGEST = 3e38  # What float32 holds, in which models are trained.
 Count = Annotated[int, Field(gt=0, le=2**53)]  # As far as a float counts.
 Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.parameters import Vector
+from privacy.errors import JobError
+from strategies.parameters import Parameters, Vector
 
 if TYPE_CHECKING:
     from strategies.job import Job
@@ -29,13 +30,14 @@ class Layout:
     """Where things stand in a contribution: `parameters` update values, one weight, then one sum per metric.
 
     `received` is the length of the vector that a site is asked with, where it is another than `parameters`; `memory`
-    of the one that it keeps between rounds.
+    of the one that it keeps between rounds. The model's last `received_only` parameters are in no contribution.
     """
 
     parameters: int
     metrics: tuple[str, ...] = ()
     received: int | None = None
     memory: int = 0
+    received_only: int = 0
 
     @property
     def size(self) -> int:
@@ -47,8 +49,8 @@ class Layout:
         return self.parameters if self.received is None else self.received
 
 
-def layout_for(job: Job, parameters: int, traits: Traits) -> Layout:
-    """The layout for a model of `parameters` numbers under a strategy that needs `traits`.
+def layout_for(job: Job, model: Parameters | int, traits: Traits) -> Layout:
+    """The layout for a model, or for one of so many parameters, under a strategy that needs `traits`.
 
     With privacy no training metrics are sent: each would be one more release.
     """
@@ -56,10 +58,17 @@ def layout_for(job: Job, parameters: int, traits: Traits) -> Layout:
     metrics: tuple[str, ...] = () if job.privacy.record or job.privacy.client else TRAINING_METRICS
     if central is not None and central.adaptive_clip is not None:
         metrics = (BELOW_CLIP,)
-    sent, received = traits.sent * parameters, traits.received * parameters
+    parameters, received_only = (model, 0) if isinstance(model, int) else (model.trained, model.size - model.trained)
+    if received_only and (traits.sent, traits.received) != (1, 1):
+        raise JobError(
+            f'task.tuning with strategy.name = "{job.strategy.name}": it sends or receives more than one model, and '
+            'the fixed factors of the adapters go with one; take "fedavg", "fedprox" or "fedadam", or set '
+            'task.tuning.factors = "both"'
+        )
+    sent, received = traits.sent * parameters, traits.received * parameters + received_only
     kept = [*traits.kept.values(), *traits.own.values()]
-    memory = sum(parameters if what == "vector" else 1 for what in kept)
-    return Layout(sent, (*traits.scalars, *metrics), None if received == sent else received, memory)
+    memory = sum(parameters + received_only if what == "vector" else 1 for what in kept)
+    return Layout(sent, (*traits.scalars, *metrics), None if received == sent else received, memory, received_only)
 
 
 def training_loss(metrics: Mapping[str, float]) -> float | None:
@@ -90,16 +99,17 @@ class Total:
 
     @classmethod
     def of(cls, layout: Layout, update: NDArray[np.float64], weight: float) -> Total:
-        """A total of `update` ((P,) float64) and `weight`, its metric sums zero."""
+        """A total of `update` ((P,) float64) and `weight`, its metric sums zero; what no site sends is left out."""
         total = cls(layout)
-        total._sum[: layout.parameters] = update
+        total._sum[: layout.parameters] = update[: layout.parameters]
         total._sum[layout.parameters] = weight
         return total
 
     @property
     def update(self) -> NDArray[np.float64]:
-        """(P,) float64: the sum of weighted updates."""
-        return self._sum[: self.layout.parameters]
+        """(P,) float64: the sum of weighted updates; zero for what is received only."""
+        sent = self._sum[: self.layout.parameters]
+        return np.pad(sent, (0, self.layout.received_only)) if self.layout.received_only else sent
 
     @property
     def weight(self) -> float:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from client.adjustment import Adjustment
 from client.local import LocalTraining
 from client.pace import Pace
 from client.site import SitePlan
-from client.training import Adjustment, Trainer
+from client.training import Trainer
 from privacy.errors import JobError
 from privacy.noise import SeededNoise
 from strategies.catalogue import strategy_for

@@ -192,6 +192,7 @@ def test_the_environment_is_an_allow_list_with_a_home_of_its_own(tmp_path: Path)
         "PATH": "/bin",
         "CUDA_VISIBLE_DEVICES": "0",
         "HOME": "/tmp",
+        "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",

@@ -246,7 +246,8 @@ while True:
         answer = {"network": True, "hidden": True, "writable": True}
     if name == "open":
         answer = {"job": HASH, "rows": 18, "test_rows": 6, "shapes": [["w", [1, 1]], ["b", [1]]], "device": "cpu"}
-        answer["layout"] = {"sent": 2, "metrics": ["loss", "examples"], "received": 2, "memory": 0, "personal": False}
+        layout = {"sent": 2, "metrics": ["loss", "examples"], "received": 2, "memory": 0, "received_only": 0}
+        answer["layout"] = {**layout, "personal": False}
     if name == "train":
         vector = struct.pack("<5f", *(2 * x for x in model), calls, lives, 0)
     if name == "evaluate":
@@ -432,10 +433,21 @@ class TestMalformedAnswer:
             {"shapes": "wb"},
             {"shapes": None},
             {"layout": None},
-            {"layout": {"sent": 2, "metrics": [], "received": 2, "memory": -1, "personal": False}},
-            {"layout": {"sent": 2**50, "metrics": [], "received": 2, "memory": 0, "personal": False}},
-            {"layout": {"sent": 2, "metrics": [7], "received": 2, "memory": 0, "personal": False}},
-            {"layout": {"sent": 2, "metrics": [], "received": "2", "memory": 0, "personal": False}},
+            {"layout": {"sent": 2, "metrics": [], "received": 2, "memory": -1, "received_only": 0, "personal": False}},
+            {
+                "layout": {
+                    "sent": 2**50,
+                    "metrics": [],
+                    "received": 2,
+                    "memory": 0,
+                    "received_only": 0,
+                    "personal": False,
+                }
+            },
+            {"layout": {"sent": 2, "metrics": [], "received": 2, "memory": 0, "received_only": 3, "personal": False}},
+            {"layout": {"sent": 2, "metrics": [], "received": 2, "memory": 0, "received_only": -1, "personal": False}},
+            {"layout": {"sent": 2, "metrics": [7], "received": 2, "memory": 0, "received_only": 0, "personal": False}},
+            {"layout": {"sent": 2, "metrics": [], "received": "2", "memory": 0, "received_only": 0, "personal": False}},
         ],
     )
     def test_to_open_promises_no_model_that_cannot_be(self, tmp_path: Path, change: dict[str, object]) -> None:
@@ -561,3 +573,40 @@ def test_the_plan_that_is_trained_with_is_the_one_that_is_charged(
     sgd = RecordLevelSgd(mechanism=mechanism, sampling_rate=rate, steps=steps)
     assert sgd_from(json.loads(json.dumps(sgd_record(sgd)))) == sgd
     assert sgd_from(sgd_record(None)) is None
+
+
+def test_a_pretrained_model_is_found_among_the_site_s_models_and_trained_as_in_a_simulation(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from client.data import encode, split
+    from client.local import LocalTraining
+    from client.tables import read_frame
+    from client.tasks import initial_model, task_for
+    from client.training import Trainer
+    from privacy.noise import OsNoise
+    from strategies.catalogue import strategy_for
+    from tests.client.checkpoints import job_of
+
+    lines = ["text,label", *(f"the film is {'good' if row % 2 else 'bad'},{row % 2}" for row in range(ROWS))]
+    (tmp_path / "north.csv").write_text("\n".join(lines) + "\n")
+    here = job_of(tmp_path / "north.csv", "bert", folder=tmp_path)
+    task = task_for(here)
+    trainer = Trainer(task, initial_model(task, features=8, classes=2, seed=here.seed), here.training)
+    ask = ask_for(here.portable.hash, 1, trainer.read().copy(), None)
+    with TrainerProcess(data=tmp_path / "north.csv", models=tmp_path, timeout_s=200) as process:
+        opened = process.open(here.portable, "north")
+        process.plan(SitePlan(opened.rows))
+        contribution, _ = process.train(ask)
+    assert opened.parameters == trainer.parameters
+    assert opened.layout.received_only > 0
+    records = split(encode(read_frame(tmp_path / "north.csv", here.data), here.data, where="here"), here.data, site="n")
+    training = LocalTraining(
+        "north",
+        job=here.portable,
+        plan=SitePlan(len(records.train)),
+        strategy=strategy_for(here),
+        trainer=trainer,
+        records=records.train,
+        layout=opened.layout,
+        noise=lambda _: OsNoise(),
+    )
+    np.testing.assert_allclose(contribution, training(ask).contribution, rtol=1e-4, atol=1e-6)

@@ -72,7 +72,8 @@ def trained_privately(trainer: Trainer, records: Records, start: Vector, *, roun
 
 def by_the_book(task: Task, model: nn.Module, records: Records, training: Training, seed: int) -> Vector:
     """The same batches with torch's own optimiser and freshly allocated gradients."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
+    kind = torch.optim.AdamW if training.optimizer == "adam" else torch.optim.SGD
+    optimiser = kind(model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     features, targets = torch.from_numpy(records.features), torch.from_numpy(records.target)
     size = max(1, round(training.rate_for(len(records)) * len(records)))
     generator = torch.Generator().manual_seed(seed)
@@ -92,6 +93,9 @@ class TestAgainstTorch:
         [
             {},
             {"weight_decay": 0.1},
+            {"optimizer": "adam", "learning_rate": 0.01},
+            {"optimizer": "adam", "learning_rate": 0.01, "weight_decay": 0.3},
+            {"batch_size": 7, "physical_batch": 3},
             {"local_steps": 1},
             {"batch_size": 1},
             {"batch_size": 23},

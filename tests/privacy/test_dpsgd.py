@@ -14,8 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
 
-import privacy.dpsgd
-from privacy.dpsgd import PerExampleGradients, RecordLevelSgd, VmapGradients, check_trainable
+from privacy.dpsgd import ClippedPieces, PerExampleGradients, RecordLevelSgd, VmapGradients, check_trainable
 from privacy.errors import JobError
 from privacy.mechanism import GaussianSum
 from privacy.noise import NoiseSource, SeededNoise, discrete_gaussian, poisson_sample
@@ -194,6 +193,7 @@ def trained(
     source: NoiseSource | None = None,
     learning_rate: float = 0.1,
     weight_decay: float = 0.0,
+    physical_batch: int = 1024,
 ) -> Tensor:
     parameters = torch.zeros(features.shape[1]) if start is None else start.clone()
 
@@ -204,7 +204,7 @@ def trained(
         parameters,
         features,
         torch.arange(len(features)) if targets is None else targets,
-        gradients=gradients,
+        gradients=ClippedPieces(gradients, physical_batch),
         source=source or SeededNoise(1),
         learning_rate=learning_rate,
         adjust=decay,
@@ -348,28 +348,26 @@ class TestStep:
 
 class TestPhysicalBatches:
     @pytest.mark.parametrize("rows", [1, 2, 3, 7, 1024])
-    def test_the_sum_does_not_depend_on_how_a_batch_is_cut(self, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-        # Patched because it is a constant of the module: a matter of memory, not of what is computed.
+    def test_the_sum_does_not_depend_on_how_a_batch_is_cut(self, rows: int) -> None:
         features = numbers(40, 5) * 3
         expected = trained(sgd(rate=0.7, steps=4), features)
-        monkeypatch.setattr(privacy.dpsgd, "PHYSICAL_BATCH", rows)
-        assert torch.equal(trained(sgd(rate=0.7, steps=4), features), expected)
+        assert torch.equal(trained(sgd(rate=0.7, steps=4), features, physical_batch=rows), expected)
 
     @pytest.mark.parametrize("name", MODELS)
-    def test_nor_does_a_model_trained_in_pieces_of_one(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def test_nor_does_a_model_trained_in_pieces_of_one(self, name: str) -> None:
         build, features = MODELS[name]
         results = []
         for rows in (1024, 1):
-            monkeypatch.setattr(privacy.dpsgd, "PHYSICAL_BATCH", rows)
             model = made(build)
-            gradients = VmapGradients(model, cross_entropy)
-            results.append(trained(sgd(rate=0.7, steps=3), features, TARGETS, gradients=gradients, start=flat(model)))
+            gradients, ours = VmapGradients(model, cross_entropy), sgd(rate=0.7, steps=3)
+            results.append(
+                trained(ours, features, TARGETS, gradients=gradients, start=flat(model), physical_batch=rows)
+            )
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
 
-    def test_no_piece_is_larger_than_stated(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(privacy.dpsgd, "PHYSICAL_BATCH", 3)
+    def test_no_piece_is_larger_than_stated(self) -> None:
         watch = Watch()
-        trained(sgd(rate=1.0), torch.zeros(10, 2), gradients=watch)
+        trained(sgd(rate=1.0), torch.zeros(10, 2), gradients=watch, physical_batch=3)
         assert watch.batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
 
 

@@ -71,8 +71,8 @@ def test_no_two_scenarios_are_the_same_job() -> None:
     [
         ("hospital", "no scenario and no job file is called 'hospital'; did you mean 'hospitals'?"),
         ("hospitals-unrelable", "did you mean 'hospitals-unreliable'?"),
-        ("zzz", "no scenario and no job file is called 'zzz'; known: banks, clinics, devices, hospitals"),
-        ("", "no scenario and no job file is called ''; known: banks, clinics, devices, hospitals"),
+        ("zzz", "no scenario and no job file is called 'zzz'; known: banks, banks-text, clinics, devices"),
+        ("", "no scenario and no job file is called ''; known: banks, banks-text, clinics, devices"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, said: str) -> None:

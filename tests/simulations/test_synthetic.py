@@ -37,6 +37,7 @@ class TestEverySet:
         assert set(table.columns) - set(data.columns) - {data.client, data.target} <= {
             data.event,
             data.forecast.time if data.forecast else None,
+            data.held_out.column if data.held_out else None,
         }
 
 

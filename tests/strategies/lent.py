@@ -28,6 +28,7 @@ class Lent:
     rows: int = 10
     steps: int = 4
     share: float = 1.0
+    rank: int | None = None
     learning_rate: float = 0.1
     memory: dict[str, Vector] = field(default_factory=dict)
     own: dict[str, Vector] = field(default_factory=dict)

@@ -26,7 +26,7 @@ RECORD = {"record": {"epsilon": 1.0, "delta": 1e-5}}
         ({"data": {"event": "died"}}, "go together"),
         ({"data": {"target_type": "time", "event": "x"}}, "also listed as another column"),
         ({"data": {"target_type": "time", "event": "y"}}, "also listed as another column"),
-        ({"data": {"target_type": "next"}}, 'the one column, of type "characters"'),
+        ({"data": {"target_type": "next"}}, "the one column, of characters or tokens"),
         ({"data": {"columns": {"y": LETTERS}}}, "would be its own feature"),
         ({"data": {"columns": {"a": LETTERS, "x": {"range": [0, 1]}}}}, "columns.a is a whole record by itself"),
         ({"data": {"columns": {"a": {"type": "text"}}}}, "a column of type 'text' needs its `buckets`"),

@@ -289,11 +289,20 @@ EVALUATING: dict[str, Any] = {
 }
 
 
+# A job that fine-tunes a checkpoint, which need not be here to read the job.
+TUNING: dict[str, Any] = {
+    **raw_job(),
+    "data": {"path": "p.csv", "client": "ward", "target": "ill", "columns": {"x": {"type": "tokens", "length": 8}}},
+    "task": {"name": "text-classification", "model": "pretrained", "checkpoint": "models:m", "tuning": {}},
+}
+
+
 @pytest.mark.parametrize(("table", "key"), sorted(set(known_keys(Job))), ids=lambda value: str(value))
 def test_every_key_is_the_nearest_one_to_itself_misspelt(table: tuple[str, ...], key: str) -> None:
     chosen = {"columns": "x", "mix": "north", "devices": "phone", "groups": "sex"}
     parent = [chosen[table[i - 1]] if name == "*" else name for i, name in enumerate(table)]
     job = FORECASTING if "forecast" in table else EVALUATING if "evaluation" in table else EVERY_SECTION
+    job = TUNING if "tuning" in table else job
     raw = check_job(job, where="a test").model_dump(mode="json", exclude_none=True)
     inner = raw
     for name in parent:
@@ -501,6 +510,10 @@ WINDOW = [
     "data.positive=none",
     "data.columns={ill={type='characters', alphabet='ab', window=4}}",
 ]
+TUNED = [
+    "data.columns={x={type='tokens', length=8}}",
+    f"task={{model='pretrained', checkpoint='models:m', checkpoint_hash='{'a' * 64}', tokenizer_hash='{'a' * 64}'}}",
+]
 VARIANTS: list[list[str]] = [
     [],
     ["name=other"],
@@ -563,6 +576,28 @@ VARIANTS: list[list[str]] = [
     ["data.columns={extra={type='image', shape=[2, 2]}}", "data.columns.extra.shape=[3, 3]"],
     [*WINDOW, "data.columns.ill.alphabet=ba"],
     [*WINDOW, "data.columns.ill.window=9"],
+    TUNED,
+    [*TUNED, "data.columns.x.length=9"],
+    [*TUNED, "data.columns.x.tokenizer='models:other'"],
+    [*TUNED, "data.columns.x.join=['age', 'blood']"],
+    [*TUNED, "data.positive=none", "data.target_type=text", "data.target_length=4"],
+    [*TUNED, "task.checkpoint='models:other'"],
+    [*TUNED, f"task.checkpoint_hash='{'b' * 64}'"],
+    [*TUNED, f"task.tokenizer_hash='{'b' * 64}'"],
+    [*TUNED, "task.precision=bfloat16"],
+    [*TUNED, "task.checkpointing=true"],
+    [*TUNED, "task.tuning={}"],
+    [*TUNED, "task.tuning={method='norms'}", "task.tuning.method=bias"],
+    [*TUNED, "task.tuning.rank=4"],
+    [*TUNED, "task.tuning.alpha=4.5"],
+    [*TUNED, "task.tuning.targets=['q']"],
+    [*TUNED, "task.tuning.factors=both"],
+    [*TUNED, "task.tuning.ranks={a=2}"],
+    [*TUNED, "task.tuning.refactor_every=2"],
+    [*TUNED, "task.tuning.layers=2"],
+    [*TUNED, "task.tuning.scale=2.5"],
+    [*TUNED, "task.tuning.depth=3"],
+    [*TUNED, "task.tuning.head_rounds=3"],
     [*BUNDLED, "simulation.partition={clients=2}"],
     [*BUNDLED, "simulation.partition.clients=3"],
     [*BUNDLED, "simulation.partition={clients=2, alpha=2}"],
@@ -635,6 +670,8 @@ VARIANTS: list[list[str]] = [
     ["training.work={north=4}"],
     ["training.weak={north=0.5}"],
     ["training.weak={north=0.25}"],
+    ["training.physical_batch=4"],
+    ["training.optimizer=adam"],
     ["regions={north=['a'], south=['b']}"],
     ["regions={north=['a', 'b']}"],
     [PHONES],
@@ -654,6 +691,7 @@ VARIANTS: list[list[str]] = [
     [PRIVATE, "privacy.record.spare_rounds=2"],
     [PRIVATE, "privacy.record.clipping=per-layer"],
     ["simulation.engine=flower"],
+    ["simulation.evaluate_every=3"],
     ["simulation.noise=seeded"],
     ["simulation.baselines=false"],
     ["simulation.faults.dropout=0.1"],
@@ -696,11 +734,13 @@ def sections_of(section: BaseModel) -> Iterator[BaseModel]:
 def test_no_key_of_a_job_can_be_assigned_or_removed() -> None:
     job = check_job(EVERY_SECTION, where="a test")
     forecast = check_job(FORECASTING, where="a test").data.forecast
+    tuning = check_job(TUNING, where="a test").task.tuning
+    assert tuning is not None
     evaluation = check_job(EVALUATING, where="a test").evaluation
     assert forecast is not None
     assert evaluation is not None
     before, seen = job.hash, 0
-    for section in [*sections_of(job), forecast, *sections_of(evaluation)]:
+    for section in [*sections_of(job), forecast, tuning, *sections_of(evaluation)]:
         for name in type(section).model_fields:
             seen += 1
             with pytest.raises(ValidationError, match="frozen"):
