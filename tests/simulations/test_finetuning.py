@@ -24,6 +24,7 @@ from tests.client.checkpoints import checkpoint, job_of
 
 pytest.importorskip("transformers")
 ROWS = 96
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +61,17 @@ LEARN = ("training.rounds=10", "training.local_steps=4", "training.learning_rate
     [
         (),
         ("secure_aggregation={reach=4000.0, colluders=0}",),
-        ("task.tuning.refactor_every=2",),
-        ("task.tuning.factors=both",),
-        ("task.tuning.factors=alternate",),
+        pytest.param(("task.tuning.refactor_every=2",), marks=SLOW),
+        pytest.param(("task.tuning.factors=both",), marks=SLOW),
+        pytest.param(("task.tuning.factors=alternate",), marks=SLOW),
         ("task.tuning={rank=3, scale=2.0, ranks={client-1=1, client-2=2}}",),
-        ("task.tuning={method='norms', scale=2.0}",),
+        pytest.param(("task.tuning={method='norms', scale=2.0}",), marks=SLOW),
         ("task.tuning={method='full', scale=2.0}", "training.learning_rate=0.05"),
         ("task.precision=bfloat16",),
-        ("task.checkpointing=true",),
-        ("training.physical_batch=3",),
-        ("strategy.name=fedadam", "strategy.server_learning_rate=0.2"),
-        ("training.weak={client-1=0.5}",),
+        pytest.param(("task.checkpointing=true",), marks=SLOW),
+        pytest.param(("training.physical_batch=3",), marks=SLOW),
+        pytest.param(("strategy.name=fedadam", "strategy.server_learning_rate=0.2"), marks=SLOW),
+        pytest.param(("training.weak={client-1=0.5}",), marks=SLOW),
     ],
     ids=lambda more: " ".join(more) or "plain",
 )
@@ -95,17 +96,17 @@ PRIVATE = "privacy.record={epsilon=8.0, delta=1e-3, clip_norm=1.0}"
     "more",
     [
         (),
-        ("secure_aggregation={reach=4000.0, colluders=0}",),
-        ("training.physical_batch=3",),
-        ("task.tuning.factors=alternate",),
+        pytest.param(("secure_aggregation={reach=4000.0, colluders=0}",), marks=SLOW),
+        pytest.param(("training.physical_batch=3",), marks=SLOW),
+        pytest.param(("task.tuning.factors=alternate",), marks=SLOW),
         ("task.tuning={method='norms', scale=2.0}",),
-        ("task.tuning={method='head', scale=2.0}",),
+        pytest.param(("task.tuning={method='head', scale=2.0}",), marks=SLOW),
         ("task.tuning={method='full', scale=2.0}",),
         ("task.precision=bfloat16",),
-        ("task.checkpointing=true",),
+        pytest.param(("task.checkpointing=true",), marks=SLOW),
         ("privacy.record.clipping=per-layer",),
-        ("task.tuning={rank=3, scale=2.0, ranks={client-1=1}}",),
-        ("training.weak={client-1=0.5}",),
+        pytest.param(("task.tuning={rank=3, scale=2.0, ranks={client-1=1}}",), marks=SLOW),
+        pytest.param(("training.weak={client-1=0.5}",), marks=SLOW),
     ],
     ids=lambda more: " ".join(more) or "plain",
 )
