@@ -127,6 +127,9 @@ def print_summary(console: Console, summary: Mapping[str, Any], *, report: str) 
         where = "a share of the noise from each site (zero-out: its update becomes zero)" if shared else where
         delta = central["delta"] if central else next(iter(summary["sites"].values()))["client"]["delta"]
         console.print(f"a whole site: epsilon {figure(whole, 3)}, delta {delta:g}, {where}", soft_wrap=True)
+    if (texts := summary.get("texts")) is not None and texts["full"]:
+        said = f"{texts['full']} of {texts['texts']} texts fill all {texts['length']} tokens that are read"
+        console.print(f"{said}: what is longer is cut (data.columns.*.length)", soft_wrap=True)
     if (sums := summary.get("secure_aggregation")) is not None:
         _print_sums(console, sums)
     if summary["epsilon"]["record"] is None and whole is None:

@@ -13,6 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from client.encodings import PADDING
 from client.secure import Stopwatch
 from client.site import Files, Seat, SitePlan
 from privacy.accountant import epsilon
@@ -501,11 +504,24 @@ class _Run:
             "client": whole,
             "placement": self.job.privacy.client.placement if self.job.privacy.client else None,
             "secure_aggregation": self._secure_summary(lines),
+            "texts": self._texts(),
             "noise": self.federation.noise_kind if record or self.job.privacy.client else None,
             "adjacency": self._adjacency(),
             "seconds": round(sum(line["seconds"] for line in lines), 3),
             "versions": {name: version(name) for name in ("fedchorus", "flwr", "torch", "numpy", "dp-accounting")},
         }
+
+    def _texts(self) -> dict[str, int] | None:
+        """How many texts there are, and how many fill all the tokens that the job reads: what is longer is cut."""
+        columns = list(self.job.data.columns.values())
+        if self.job.evaluation is not None or [column.type for column in columns] != ["tokens"]:
+            return None
+        length = columns[0].length or 0
+        parts = [
+            records.features[:, length - 1] for d in self.federation.data.values() for records in (d.train, d.test)
+        ]
+        filled = np.concatenate(parts) != PADDING
+        return {"texts": len(filled), "full": int(filled.sum()), "length": length}
 
     def _adjacency(self) -> str | None:
         privacy = self.job.privacy

@@ -337,6 +337,10 @@ class Job(Section):
             raise ValueError('simulation.faults.attack = "label-flip" is for classes; take "sign-flip" or "noise"')
         if self.data.forecast is not None and self.simulation.partition is not None:
             raise ValueError("data.forecast needs whole series at each site: give data.client or data.files")
+        for name, column in self.data.columns.items():
+            # One hash covers the tokenizer and the weights that it goes with.
+            if column.tokenizer is not None and column.tokenizer != self.task.checkpoint:
+                raise ValueError(f"data.columns.{name}.tokenizer is that of task.checkpoint; leave it out")
         self._check_client_privacy()
         self._check_secure_aggregation()
         self._check_strategy()
@@ -543,7 +547,10 @@ def parse_job(text: str, *, where: str) -> Job:
     if any(line.count(".") > MOST_DOTS for line in text.splitlines()):
         raise JobError(f"{where}: a line with more than {MOST_DOTS} dots")
     try:
-        return check_job(tomllib.loads(text), where=where)
+        job = check_job(tomllib.loads(text), where=where)
+        if job.task.checkpoint is not None and portable(job.task.checkpoint) != job.task.checkpoint:
+            raise JobError(f"{where}: task.checkpoint is a folder of another machine; name it as models:NAME")
+        return job
     except (ValueError, RecursionError):  # Not all that tomllib raises is its own: a number of 5,000 digits.
         raise JobError(f"{where}: not valid TOML") from None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from client.tokens import answers, tagged, tokens, too_long
 from client.training import Trainer
 from privacy.errors import DataError, JobError
 from strategies.checkpoint import check_hashes, hashes, locate, portable
-from strategies.job import Job, load_job
+from strategies.job import Job, load_job, parse_job
 from tests.client.checkpoints import FAMILIES, TEXTS, WORDS, checkpoint, job_of
 
 pd = pytest.importorskip("pandas")
@@ -251,7 +252,7 @@ class TestCheckpoints:
             next(model.parameters()).add_(1e-3)
         model.save_pretrained(other)
         raw = job.model_dump(exclude_none=True, mode="json")
-        raw["task"]["checkpoint"] = str(other)
+        raw["task"]["checkpoint"] = raw["data"]["columns"]["text"]["tokenizer"] = str(other)
         with pytest.raises(JobError, match=r"task.checkpoint_hash: the weights in .* install the same checkpoint"):
             model_of(Job.model_validate(raw))
 
@@ -310,6 +311,14 @@ class TestCheckpoints:
         model_of(job)
 
 
+@pytest.mark.parametrize("checkpoint", ["/etc", "./models/bert", "~/bert"])
+def test_a_job_from_a_server_names_no_folder_of_a_site(folder: Path, checkpoint: str) -> None:
+    raw = job_of(folder / "rows.csv", "bert", folder=folder).model_dump(exclude_none=True, mode="json")
+    raw["task"]["checkpoint"] = raw["data"]["columns"]["text"]["tokenizer"] = checkpoint
+    with pytest.raises(JobError, match=r"task\.checkpoint is a folder of another machine"):
+        parse_job(tomli_w.dumps(raw), where="the job")
+
+
 @pytest.mark.parametrize(
     ("family", "setting", "says"),
     [
@@ -342,6 +351,7 @@ def test_a_model_that_reads_images_is_refused_for_texts(folder: Path) -> None:
     [
         ("task.model=mlp", 'model = "pretrained" and checkpoint'),
         ("task.tuning.method=dora", "method"),
+        ("data.columns.text.tokenizer=models:other", "tokenizer is that of task.checkpoint"),
         ("task.tuning={method='head', rank=3}", 'rank is for method = "lora"'),
         ("task.tuning={factors='both', refactor_every=2}", 'refactor_every is for factors = "b"'),
         ("task.tuning={rank=2, ranks={a=2}}", "ranks are below the rank of 2"),

@@ -155,6 +155,9 @@ def test_the_model_is_scored_only_as_often_as_the_job_says_and_after_the_last_ro
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["accuracy" in line for line in lines] == [False, False, True, False, True]
     assert summary["metrics"]["accuracy"] == pytest.approx(lines[-1]["accuracy"])
+    texts = pd.read_csv(folder / "rows.csv")["text"]
+    assert summary["texts"] == {"texts": ROWS, "full": 0, "length": 8}
+    assert max(len(text.split()) for text in texts) + 2 < 8
     assert "How it learnt" in (tmp_path / "run" / "report.html").read_text()
     with RoundTable(console, title="x", rounds=5) as shown:
         for line in lines:

@@ -578,7 +578,7 @@ VARIANTS: list[list[str]] = [
     [*WINDOW, "data.columns.ill.window=9"],
     TUNED,
     [*TUNED, "data.columns.x.length=9"],
-    [*TUNED, "data.columns.x.tokenizer='models:other'"],
+    [*TUNED, "task.checkpoint='models:third'", "data.columns.x.tokenizer='models:third'"],
     [*TUNED, "data.columns.x.join=['age', 'blood']"],
     [*TUNED, "data.positive=none", "data.target_type=text", "data.target_length=4"],
     [*TUNED, "task.checkpoint='models:other'"],
