@@ -31,15 +31,20 @@ def image_table(folder: Path, data: Data) -> pd.DataFrame:
     if not paths:
         levels = "/".join(["SITE"] * (data.client is not None) + ["CLASS", "FILE"])
         raise DataError(f"{folder}: no images; the job reads {levels} with FILE one of *{', *'.join(SUFFIXES)}")
-    cells, wrong = [], 0
+    cells, wrong, deep = [], 0, 0
     for path in paths:
         try:
             with Image.open(path) as image:
+                if image.mode[:1] in ("I", "F"):  # Pillow would cut what is above 255.
+                    deep += 1
+                    continue
                 scaled = image.convert("RGB" if colours == 3 else "L").resize((side, side), Image.Resampling.BILINEAR)
                 cells.append(np.asarray(scaled, dtype=np.uint8))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             wrong += 1
     if wrong:
         raise DataError(f"{folder}: {wrong} of {len(paths)} files are no images that can be read")
+    if deep:
+        raise DataError(f"{folder}: {deep} of {len(paths)} images have more than 8 bits a channel; convert them first")
     folders = [path.relative_to(folder).parts[: len(above)] for path in paths]
     return pd.DataFrame({name: cells} | {key: [own[at] for own in folders] for at, key in enumerate(above)})

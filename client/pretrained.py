@@ -29,8 +29,16 @@ from strategies.job_task import TaskChoice, Tuning
 Kind = Literal["encoder", "causal", "seq2seq", "image"]
 CAUSAL = ("gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi", "phi3", "opt")
 SEQ2SEQ = ("t5", "mt5")
+OFFSET = (
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "mpnet",
+    "longformer",
+)  # Places count from behind the padding's number.
 POOLED = ("resnet", "convnext")  # They answer with the mean over all places: convolutions have no token that does.
 IMAGE = ("vit", "deit", "dinov2", *POOLED)
+SPAN = 32  # Texts are padded to a multiple of so many tokens.
 ROWS_AT_ONCE = 64  # Of an evaluation; sorted by length, so that little of it is padding.
 
 
@@ -41,6 +49,7 @@ class Pretrained(nn.Module):
     """
 
     received_only: tuple[str, ...] = ()
+    _prompt = 0
 
     def __init__(self, choice: TaskChoice, data: Data, *, writes: bool) -> None:
         super().__init__()
@@ -89,11 +98,22 @@ class Pretrained(nn.Module):
     def _forward(self, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def spans(self, rows: Tensor) -> Tensor:
+        """(n,) int64: the places that each row takes when it is computed, as it says of itself alone."""
+        if self.kind == "image":
+            return torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+        counted = rows[:, : self._prompt] if self.kind == "seq2seq" and self._prompt else rows
+        tokens = (counted != PADDING).sum(dim=1)
+        return ((tokens + SPAN - 1) // SPAN * SPAN).clamp(SPAN, max(SPAN, counted.shape[1])).clamp(max=counted.shape[1])
+
+    def _longest(self, rows: Tensor) -> int:
+        return int(self.spans(rows).max()) if len(rows) else 1
+
     def _hidden(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The last hidden vector of each token, (n, t, width) with t the longest text's length, and where there is
         one, (n, t) bool."""
         there = rows != PADDING
-        longest = max(1, int(there.sum(dim=1).max())) if len(rows) else 1
+        longest = self._longest(rows)
         ids, there = rows[:, :longest].long().clamp(min=0), there[:, :longest]
         seen = there.clone()
         seen[:, 0] = True  # An empty text still is one token long: a softmax over nothing is not a number.
@@ -112,6 +132,8 @@ class Pretrained(nn.Module):
             length = (self._column.length or 0) + (data.target_length or 0)
         config = self.base.config
         most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if most is not None and config.model_type in OFFSET:
+            most -= config.pad_token_id + 1
         if self.kind != "seq2seq" and most is not None and length > most:
             raise JobError(
                 f"data.columns: texts of {length} tokens are longer than the {most} that the model has places for; "
@@ -222,7 +244,7 @@ class Writer(Pretrained):
         # Without the padding between a prompt and its answer, as the model was trained.
         places = (rows == PADDING).long().argsort(dim=1, stable=True)
         packed = rows.gather(1, places)
-        longest = max(2, int((rows != PADDING).sum(dim=1).max())) if len(rows) else 2
+        longest = max(2, self._longest(rows))
         packed = packed[:, :longest]
         there = packed != PADDING
         seen = there.clone()
@@ -240,7 +262,7 @@ class Writer(Pretrained):
     def _answered(self, rows: Tensor) -> Tensor:
         source, answer = rows[:, : self._prompt], rows[:, self._prompt :].long()
         there = source != PADDING
-        longest = max(1, int(there.sum(dim=1).max())) if len(rows) else 1
+        longest = self._longest(rows)
         seen = there[:, :longest].clone()
         seen[:, 0] = True
         start = torch.full_like(answer[:, :1], self.base.config.decoder_start_token_id)
@@ -284,14 +306,14 @@ def _load(folder: Path, choice: TaskChoice, family: str, kind: Kind, *, writes: 
         loader = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModelForSeq2SeqLM
     elif kind == "seq2seq":
         loader = transformers.T5EncoderModel if family == "t5" else transformers.MT5EncoderModel
-    with quiet():
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for key in vars(config):  # Noise enough is added, and a repeated forward pass has to repeat itself.
-            if "drop" in key and isinstance(getattr(config, key), float):
-                setattr(config, key, 0.0)
-        if hasattr(config, "use_cache"):
-            config.use_cache = False
-        try:
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            for key in vars(config):  # Noise enough is added, and a repeated forward pass has to repeat itself.
+                if "drop" in key and isinstance(getattr(config, key), float):
+                    setattr(config, key, 0.0)
+            if hasattr(config, "use_cache"):
+                config.use_cache = False
             model, told = loader.from_pretrained(
                 folder,
                 config=config,
@@ -301,9 +323,9 @@ def _load(folder: Path, choice: TaskChoice, family: str, kind: Kind, *, writes: 
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            why = type(error).__name__
-            raise JobError(f"task.checkpoint: {folder} cannot be loaded for {choice.name} ({why})") from error
+    except Exception as error:  # Whatever a file that is not what it should be makes a library raise.
+        why = type(error).__name__
+        raise JobError(f"task.checkpoint: {folder} cannot be loaded for {choice.name} ({why})") from error
     _without_batch_statistics(model)
     if family not in POOLED and getattr(model, "pooler", None) is not None:
         model.pooler = None  # Not used; trained with everything it would be noise.

@@ -97,6 +97,11 @@ def _read(folder: Path) -> tuple[Any, int | None]:
     except Exception as error:  # noqa: BLE001  # The library raises its plain Exception.
         raise JobError(f"task.checkpoint: {path} cannot be read ({type(error).__name__})") from None
     settings = folder / "tokenizer_config.json"
-    said = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.is_file() else None
+    try:
+        said = json.loads(settings.read_text(encoding="utf-8"))["eos_token"] if settings.is_file() else None
+    except KeyError:
+        said = None
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise JobError(f"task.checkpoint: {settings} is not valid") from None
     name = said.get("content") if isinstance(said, dict) else said
     return reader, reader.token_to_id(name) if isinstance(name, str) else None

@@ -14,15 +14,17 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.adjustment import Adjustment
 from client.data import Records
 from client.encodings import PADDING
 from client.tasks import Scores, Task
-from privacy.dpsgd import PHYSICAL_BATCH, RecordLevelSgd, check_trainable
+from privacy.dpsgd import PHYSICAL_BATCH, ClippedGradients, RecordLevelSgd, check_trainable
 from privacy.errors import JobError
 from privacy.gradients import Method, gradients_for
+from privacy.mechanism import GaussianSum
 from privacy.noise import NoiseSource
 from strategies.job import Training
 from strategies.parameters import Parameters, Vector
@@ -40,6 +42,35 @@ class DeviceRecords:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+@runtime_checkable
+class Spanned(Protocol):
+    """A model that pads the rows of a batch to one length."""
+
+    def spans(self, rows: Tensor) -> Tensor:
+        """(n,) int64: the length of each row, by which alone it is padded beside others of the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class BySpan:
+    """`ClippedGradients` of rows that share a batch with rows of their own length alone.
+
+    How far a row is padded, and so the last bits of its gradient, is then its own affair: a record more or less moves
+    the others to other places of a batch, and not to another length.
+    """
+
+    inner: ClippedGradients
+    model: Spanned
+
+    def clipped_sum(
+        self, parameters: Tensor, features: Tensor, targets: Tensor, chosen: Tensor, mechanism: GaussianSum
+    ) -> NDArray[np.int64]:
+        spans, total = self.model.spans(features[chosen]), np.zeros(parameters.numel(), dtype=np.int64)
+        for span in sorted(set(spans.tolist())):
+            total += self.inner.clipped_sum(parameters, features, targets, chosen[spans == span], mechanism)
+        return total
 
 
 @runtime_checkable
@@ -89,6 +120,8 @@ class Trainer:
         small = method == "vmap" or self._fixed is not None
         rows = training.physical_batch or (PHYSICAL_BATCH if small else FEW)
         self._clipped = gradients_for(self._model, task.loss, method=method, physical_batch=rows, names=list(trainable))
+        if isinstance(self._model, Spanned):
+            self._clipped = BySpan(self._clipped, self._model)
 
     def read(self) -> Vector:
         """The parameters as (P,) float32. On the CPU it is a view: copy it before the next `load`."""

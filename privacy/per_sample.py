@@ -108,7 +108,7 @@ class RowGradients:
             own = {key: name_of[id(p)] for key, p in module._parameters.items() if id(p) in name_of}
             if own:
                 self._layers.append(covered(path, module, own))
-        self._checked = False
+        self._checked: set[str] = set()
 
     @torch.enable_grad()
     def gradients(
@@ -144,12 +144,13 @@ class RowGradients:
     def check_once(
         self, parameters: Tensor, features: Tensor, targets: Tensor, clip_norm: float, of_each: OfEach
     ) -> None:
-        """Compare, at the first call alone, what an engine makes of a few rows with plain autograd of each by itself.
+        """Compare what an engine makes of a few rows with plain autograd of each by itself, once for what is trained.
 
         That shows a loss or a layer that couples rows, and a layer that is not what it seems. Layers that draw
         (dropout) rest meanwhile. Raises `JobError`; what differs by less than 1e-4 of the clip norm passes.
         """
-        if self._checked:
+        trained = {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+        if trained <= self._checked:
             return
         # Beside the parameters as they are: behind a head or an adapter that starts at zero there are no gradients.
         generator = torch.Generator(parameters.device).manual_seed(0)
@@ -170,7 +171,7 @@ class RowGradients:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        self._checked = True
+        self._checked |= trained
 
     @torch.enable_grad()
     def _alone(self, parameters: Tensor, features: Tensor, targets: Tensor) -> list[Tensor]:

@@ -24,7 +24,7 @@ from privacy.errors import JobError
 MODELS = "FEDCHORUS_MODELS"
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model")  # Of a hub's repository: nothing that could be run.
 _DOMAIN = b"fedchorus checkpoint v1\0"
-_WEIGHTS = ("config.json", "*.safetensors", "model.safetensors.index.json", "preprocessor_config.json")
+_WEIGHTS = ("config.json", "*.safetensors", "*.index.json", "preprocessor_config.json")
 _TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -85,6 +85,9 @@ def configuration(folder: Path, *, key: str = "task.checkpoint") -> dict[str, An
         raise JobError(f"{key}: {folder}/config.json is not valid JSON") from None
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise JobError(f"{key}: {folder}/config.json names no model_type")
+    if (folder / "adapter_config.json").exists():
+        raise JobError(f"{key}: {folder} holds adapters (adapter_config.json); merge them into their base first")
+    _check_index(folder, key)
     if "auto_map" in found:
         raise JobError(
             f"{key}: {folder} brings code of its own (auto_map), which is never run here; use a model of a family that "
@@ -95,6 +98,18 @@ def configuration(folder: Path, *, key: str = "task.checkpoint") -> dict[str, An
         why = f"only pickled weights ({pickled}), which could run anything" if pickled else "no weights"
         raise JobError(f"{key}: {folder} has {why}; save it as safetensors (save_pretrained) and check what it is")
     return found
+
+
+def _check_index(folder: Path, key: str) -> None:
+    """Raise `JobError` for an index of weights that leads to anything but safetensors of this very folder."""
+    for path in sorted(folder.glob("*.index.json")):
+        try:
+            named = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise JobError(f"{key}: {path} is not an index of weights") from None
+        here = {own.name for own in folder.glob("*.safetensors")}
+        if not named <= here:
+            raise JobError(f"{key}: {path} names weights that are no .safetensors file of that folder; save it anew")
 
 
 def _hash(folder: Path, patterns: Iterable[str]) -> str:

@@ -99,6 +99,11 @@ def _edge_refusal(job: Job, traits: Traits) -> str | None:
             "were, which no noise covers; take training.work = {SITE = STEPS}, which depends on nothing"
         )
     ranks = job.task.tuning.ranks if job.task.tuning is not None else None
+    if shares_of(job) and ranks:
+        return (
+            "task.tuning.ranks with training.weak (or a device that trains less): each counts who trained what alone, "
+            "and not both; leave one of the two out"
+        )
     if shares_of(job) or ranks:
         weak = "training.weak" if training.weak else "simulation.devices with trains below 1"
         weak = "task.tuning.ranks" if ranks else weak

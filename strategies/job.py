@@ -550,6 +550,8 @@ def parse_job(text: str, *, where: str) -> Job:
         job = check_job(tomllib.loads(text), where=where)
         if job.task.checkpoint is not None and portable(job.task.checkpoint) != job.task.checkpoint:
             raise JobError(f"{where}: task.checkpoint is a folder of another machine; name it as models:NAME")
+        if job.task.checkpoint is not None and None in (job.task.checkpoint_hash, job.task.tokenizer_hash):
+            raise JobError(f"{where}: task.checkpoint without its hashes; submit the job file, which fills them in")
         return job
     except (ValueError, RecursionError):  # Not all that tomllib raises is its own: a number of 5,000 digits.
         raise JobError(f"{where}: not valid TOML") from None

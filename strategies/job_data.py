@@ -200,6 +200,10 @@ class Data(Section):
             raise ValueError("`client` names a column of `path`; with `files` each file is a site")
         if self.target in self.columns and self.target_type != "next":
             raise ValueError(f"the target {self.target!r} is also listed in `columns`: it would be its own feature")
+        held = self.held_out.column if self.held_out is not None else None
+        for name, column in self.columns.items():
+            if taken := {self.target, self.client, self.event, held, *self.columns}.intersection(column.join or ()):
+                raise ValueError(f"columns.{name}.join names {min(map(str, taken))!r}, which is something else")
         if self.client is not None and self.client in self.columns:
             raise ValueError(f"the client key {self.client!r} is also listed in `columns`")
         if self.on_missing == "fill":

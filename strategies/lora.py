@@ -45,8 +45,8 @@ def resting(job: Job, parameters: Parameters, *, site: str, round_number: int) -
     if round_number <= (tuning.head_rounds or 0):
         return _mask(parameters, lambda name, array: array.fill(not name.startswith(HEAD)))
     if tuning.factors == "alternate":
-        # In the first round A has no gradient, as B is zero: B goes first.
-        rests = FIRST if round_number % 2 else SECOND
+        # At first A has no gradient, as B is zero: B goes first.
+        rests = FIRST if (round_number - (tuning.head_rounds or 0)) % 2 else SECOND
         return _mask(parameters, lambda name, array: array.fill(rests in name))
     rank = (tuning.ranks or {}).get(site)
     return None if rank is None else columns_from(parameters, rank)

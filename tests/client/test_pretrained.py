@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.data import Records, class_count, encode, feature_names
@@ -19,6 +20,7 @@ from client.tasks import initial_model, task_for
 from client.tokens import answers, tagged, tokens, too_long
 from client.training import Trainer
 from privacy.errors import DataError, JobError
+from privacy.mechanism import STEPS_PER_CLIP, GaussianSum
 from strategies.checkpoint import check_hashes, hashes, locate, portable
 from strategies.job import Job, load_job, parse_job
 from tests.client.checkpoints import FAMILIES, TEXTS, WORDS, checkpoint, job_of
@@ -311,6 +313,14 @@ class TestCheckpoints:
         model_of(job)
 
 
+def test_a_job_from_a_server_says_which_checkpoint_it_means_by_hash(folder: Path) -> None:
+    raw = job_of(folder / "rows.csv", "bert", folder=folder).portable.model_dump(exclude_none=True, mode="json")
+    assert parse_job(tomli_w.dumps(raw), where="the job").task.checkpoint == "models:bert"
+    del raw["task"]["tokenizer_hash"]
+    with pytest.raises(JobError, match="without its hashes"):
+        parse_job(tomli_w.dumps(raw), where="the job")
+
+
 @pytest.mark.parametrize("checkpoint", ["/etc", "./models/bert", "~/bert"])
 def test_a_job_from_a_server_names_no_folder_of_a_site(folder: Path, checkpoint: str) -> None:
     raw = job_of(folder / "rows.csv", "bert", folder=folder).model_dump(exclude_none=True, mode="json")
@@ -351,6 +361,7 @@ def test_a_model_that_reads_images_is_refused_for_texts(folder: Path) -> None:
     [
         ("task.model=mlp", 'model = "pretrained" and checkpoint'),
         ("task.tuning.method=dora", "method"),
+        ("data.columns.text.join=['title', 'label']", "join names 'label', which is something else"),
         ("data.columns.text.tokenizer=models:other", "tokenizer is that of task.checkpoint"),
         ("task.tuning={method='head', rank=3}", 'rank is for method = "lora"'),
         ("task.tuning={factors='both', refactor_every=2}", 'refactor_every is for factors = "b"'),
@@ -380,3 +391,81 @@ def test_load_job_reads_a_checkpoint_relative_to_the_job_file(folder: Path, tmp_
     text = (folder / "job.toml").read_text().replace(str(folder / "bert"), "./bert")
     (tmp_path / "job.toml").write_text(text)
     assert load_job(tmp_path / "job.toml").task.checkpoint == str((tmp_path / "bert").resolve())
+
+
+class TestSensitivity:
+    """What a record adds to a batch is its own contribution, whoever is beside it."""
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("method", ["lora", "full"])
+    @pytest.mark.parametrize("family", ["bert", "llama"])
+    def test_a_record_less_moves_the_sum_by_what_it_added_and_by_nothing_else(
+        self, folder: Path, family: str, method: str, precision: str
+    ) -> None:
+        private = "privacy.record={noise_multiplier=1.0, delta=1e-3, clip_norm=1.0}"
+        settings = (private, f"task.tuning={{method='{method}'}}", f"task.precision={precision}")
+        long = "data.columns.text.length=20"
+        job = job_of(folder / "rows.csv", family, *settings, long, "training.physical_batch=4", folder=folder)
+        trainer = Trainer(task_for(job), model_of(job), job.training)
+        words = np.random.default_rng(7)
+        texts = sorted((" ".join(words.choice(WORDS[4:], n)) for n in words.integers(1, 20, 30)), key=len)
+        rows, targets = rows_of(job, texts), torch.arange(30) % 2
+        start = trainer._trained + 0.1 * torch.randn(trainer._trained.shape, generator=torch.Generator().manual_seed(1))
+        mechanism = GaussianSum(clip_norm=1.0, noise_multiplier=1.0)
+
+        def total(chosen: list[int]) -> NDArray[np.int64]:
+            return trainer._clipped.clipped_sum(start, rows, targets, torch.tensor(chosen), mechanism).copy()
+
+        everyone = list(range(30))
+        for gone in (0, 11, 29):
+            moved = total(everyone) - total([one for one in everyone if one != gone])
+            own = total([gone])
+            assert 0.01 < np.linalg.norm(own) / STEPS_PER_CLIP <= 1
+            # Book-keeping rounds a sum once: a grid step a coordinate.
+            allowed = np.sqrt(len(own)) * (method == "full") + 1e-4 * STEPS_PER_CLIP * (method == "full")
+            assert np.linalg.norm(moved - own) <= allowed + 2
+
+
+class TestMalformed:
+    """A checkpoint that is not what it should be is refused in one line, whatever is wrong with it."""
+
+    def refused(self, path: Path, says: str) -> None:
+        with pytest.raises(JobError, match=says) as error:
+            model_of(job_of(path.parent / "rows.csv", "bert", folder=path.parent))
+        assert "\n" not in str(error.value)
+
+    def test_an_index_that_leads_elsewhere(self, tmp_path: Path) -> None:
+        path = checkpoint("bert", tmp_path)
+        for named in ("w.bin", "../outside.safetensors", "absent.safetensors"):
+            (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": named}}))
+            self.refused(path, "names weights that are no .safetensors file of that folder")
+        (path / "model.safetensors.index.json").write_text("[]")
+        self.refused(path, "not an index of weights")
+
+    def test_adapters_in_its_folder(self, tmp_path: Path) -> None:
+        path = checkpoint("bert", tmp_path)
+        (path / "adapter_config.json").write_text("{}")
+        self.refused(path, "holds adapters")
+
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("config.json", {"model_type": "no-such-family"}),
+            ("config.json", {"hidden_size": "abc"}),
+            ("config.json", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}),
+            ("model.safetensors", None),
+            ("tokenizer_config.json", []),
+        ],
+    )
+    def test_files_that_are_none(self, tmp_path: Path, file: str, content: object) -> None:
+        path = checkpoint("bert", tmp_path)
+        if content is None:
+            (path / file).write_bytes(b"garbage")
+        elif isinstance(content, dict):
+            (path / file).write_text(json.dumps(json.loads((path / file).read_text()) | content))
+        else:
+            (path / file).write_text(json.dumps(content))
+            with pytest.raises(JobError, match="is not valid"):
+                answers(["good"], str(path), 3)
+            return
+        self.refused(path, "cannot be loaded for text-classification")

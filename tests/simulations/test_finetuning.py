@@ -221,6 +221,14 @@ class TestImageFolders:
             run(self.job(folder, "vit", images), tmp_path / "run")
         assert "mueller" not in str(error.value)
 
+    def test_of_more_than_eight_bits_are_refused_before_they_are_cut(self, folder: Path, tmp_path: Path) -> None:
+        image = pytest.importorskip("PIL.Image")
+        images = self.images(tmp_path / "images")
+        deep = (np.arange(64, dtype=np.uint16) * 900).reshape(8, 8)
+        image.fromarray(deep).save(images / "site0" / "dark" / "deep.png")
+        with pytest.raises(DataError, match="1 of 49 images have more than 8 bits"):
+            run(self.job(folder, "vit", images), tmp_path / "run")
+
     def test_that_are_empty_say_what_they_should_hold(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "images").mkdir()
         with pytest.raises(DataError, match="no images; the job reads SITE/CLASS/FILE"):

@@ -138,6 +138,7 @@ class TestRanks:
                 "task.tuning.ranks with privacy",
             ),
             ({"strategy": {"name": "scaffold"}}, "task.tuning.ranks with strategy.name"),
+            ({"training": {"weak": {"weaker": 0.3}}}, r"task.tuning.ranks with training\.weak"),
             ({"robust": {"reduce": "median"}}, r"task.tuning.ranks with \[robust\]"),
         ],
     )
@@ -149,6 +150,14 @@ class TestRanks:
         raw |= {key: {**raw.get(key, {}), **value} for key, value in change.items()}  # type: ignore[dict-item]
         with pytest.raises(JobError, match=says):
             strategy_for(check_job(raw, where="the job"))
+
+
+def test_a_head_that_went_first_leaves_the_turn_to_b() -> None:
+    both = Parameters({SECOND: (OUT, RANK), FIRST: (RANK, INTO), "head.weight": (1, 4)})
+    mask = resting(job({"factors": "alternate", "head_rounds": 1}), both, site="any", round_number=2)
+    assert mask is not None
+    assert both.split(mask)[FIRST].all()  # type: ignore[arg-type]
+    assert mask.sum() == both.split(mask)[FIRST].size  # type: ignore[arg-type]
 
 
 def test_factors_in_turn_rest_the_other_one_and_b_goes_first() -> None:
