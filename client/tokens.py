@@ -31,6 +31,7 @@ def too_long(texts: Sequence[str], tokenizer: str, length: int) -> int:
     """How many texts have more than `length` tokens, and are cut."""
     reader, _ = reader_of(tokenizer)
     reader.no_truncation()
+    reader.no_padding()
     return sum(len(encoding.ids) > length for encoding in reader.encode_batch(list(texts)))
 
 

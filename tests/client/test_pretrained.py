@@ -223,6 +223,17 @@ class TestTokens:
             assert row[row != PADDING].tolist() == ids
         assert too_long(SENTENCES, str(path), 5) == 3
 
+    def test_a_tokenizer_that_pads_by_itself_is_told_not_to(self, tmp_path: Path) -> None:
+        path = checkpoint("bert", tmp_path)
+        plain = tokens(SENTENCES, str(path), 5).tolist()
+        padding: dict[str, Any] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+        padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
+        settings = json.loads((path / "tokenizer.json").read_text()) | {"padding": padding}
+        (tmp_path / "padding").mkdir()
+        (tmp_path / "padding" / "tokenizer.json").write_text(json.dumps(settings))
+        assert too_long(SENTENCES, str(tmp_path / "padding"), 5) == 3
+        assert tokens(SENTENCES, str(tmp_path / "padding"), 5).tolist() == plain
+
     def test_an_answer_ends_with_the_end_token_where_there_is_room(self, folder: Path) -> None:
         found = answers(["good", "not very good"], str(checkpoint("gpt2", folder)), 3)
         assert found[0].tolist() == [WORDS.index("good"), WORDS.index("</s>"), PADDING]
