@@ -35,13 +35,9 @@ class FineTunedImages(FineTuned):
     column_type = "image"
 
 
-class TokenClassification:
-    """A class for each word of a text: the mean cross-entropy over its words, where each counts at its first token.
+class OfTokens:
+    """What tasks have in common whose outputs are of each token of a text."""
 
-    Features are (n, length) token numbers; targets (n, length) int64, `PADDING` where no word begins.
-    """
-
-    target_type = "tags"
     column_type = "tokens"
     models = ("pretrained",)
 
@@ -51,6 +47,15 @@ class TokenClassification:
     @property
     def gradients(self) -> str:
         return gradients_of(self._choice)
+
+
+class TokenClassification(OfTokens):
+    """A class for each word of a text: the mean cross-entropy over its words, where each counts at its first token.
+
+    Features are (n, length) token numbers; targets (n, length) int64, `PADDING` where no word begins.
+    """
+
+    target_type = "tags"
 
     def model(self, features: int, classes: int) -> nn.Module:
         assert self._data is not None
@@ -65,22 +70,13 @@ class TokenClassification:
         return {"loss": self.loss(outputs, targets), "accuracy": mean_of_each(right, targets)}
 
 
-class Writing:
+class Writing(OfTokens):
     """The next token of a text (`causal-lm`), or an answer to it: the mean negative log-likelihood over its tokens.
 
     The mean is over one record's own tokens: over a batch's it would couple the records.
     """
 
     target_types: tuple[str, ...] = ("next", "text")
-    column_type = "tokens"
-    models = ("pretrained",)
-
-    def __init__(self, choice: TaskChoice, data: Data | None = None) -> None:
-        self._choice, self._data = choice, data
-
-    @property
-    def gradients(self) -> str:
-        return gradients_of(self._choice)
 
     def model(self, features: int, classes: int) -> nn.Module:
         assert self._data is not None
