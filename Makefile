@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch>=2.8,<2.14'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,ray,llm,minilm,onnx,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,ray,llm,minilm,onnx,tensorboard,dev]'
 	@touch $@
 
 demo: env        ## one federation of five hospitals on this machine

@@ -59,7 +59,7 @@ def predict(trained: Trained, path: Path) -> Predictions:
     """
     job = trained.job
     check_predicts(job)
-    records, cut = _read(path, job)
+    records, cut = unlabelled(path, job)
     kept = np.arange(len(records)) if records.kept is None else np.flatnonzero(records.kept)
     dropped = 0 if records.kept is None else int((~records.kept).sum())
     try:
@@ -91,7 +91,7 @@ def check_predicts(job: Job) -> None:
         raise JobError(f"job {job.name}: {why}")
 
 
-def _read(path: Path, job: Job) -> tuple[Records, int]:
+def unlabelled(path: Path, job: Job) -> tuple[Records, int]:
     """The records of a file, whatever it has in the target's column, and how many of its texts are cut."""
     data = job.data.model_copy(update={"client": None, "held_out": None})
     frame = joined(read_table(path, data), data).reset_index(drop=True)

@@ -2,7 +2,8 @@
 
 It answers its parent's calls one after the other through the socket that it finds as descriptor 0, and ends with it.
 Whatever the user's code prints goes to descriptors 1 and 2, which the parent keeps apart. What an error says leaves
-this process only as long as no record has met the user's code; afterwards it is the name of its kind, and no more.
+this process only as long as no record has met the user's code; afterwards it is the name of its kind, and no more:
+but for want of memory, of which the text is made of counts and settings.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from client.out_of_memory import OutOfMemory
 from client.pipe import NOTHING, Pipe, PipeClosed
 from privacy.dpsgd import RecordLevelSgd
 from privacy.errors import DataError, JobError
@@ -158,6 +160,8 @@ class Child:
                 traceback.print_exc()
                 told = isinstance(error, JobError | DataError) and name in ("open", "plan")
                 kind = type(error).__name__
+                if type(error) is OutOfMemory:
+                    told, kind = True, JobError.__name__
                 answer, array = {"error": kind, "says": str(error) if told else None}, NOTHING
             self._pipe.send(answer, array)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from client.adjustment import Adjustment
 from client.data import Records
 from client.encodings import PADDING
+from client.out_of_memory import Load, OutOfMemory, memory_for
 from client.tasks import Scores, Task
 from privacy.dpsgd import PHYSICAL_BATCH, ClippedGradients, RecordLevelSgd, check_trainable
 from privacy.errors import JobError
@@ -30,6 +31,7 @@ from strategies.job import Training
 from strategies.parameters import Parameters, Vector
 
 PIECE = 4096  # Rows that are evaluated at once.
+HELD = 2**22  # Numbers of gradients of single rows that are held at once, where the job does not say.
 FEW = 16  # Rows of a pre-trained model that are trained on at once, where the job does not say.
 
 
@@ -118,10 +120,16 @@ class Trainer:
         self._at_once = training.physical_batch or PIECE
         method: Method = getattr(task, "gradients", "vmap")
         small = method == "vmap" or self._fixed is not None
-        rows = training.physical_batch or (PHYSICAL_BATCH if small else FEW)
+        # Of a large head fewer rows: fresh memory for gradients costs more than the gradients.
+        few = max(FEW, min(PHYSICAL_BATCH, HELD // max(1, self.parameters.trained)))
+        rows = training.physical_batch or (few if small else FEW)
         self._clipped = gradients_for(self._model, task.loss, method=method, physical_batch=rows, names=list(trainable))
+        texts = getattr(task, "column_type", None) == "tokens"
+        self._load, self._private_rows = Load(self.device.type, pretrained=method != "vmap", texts=texts), rows
+        self._evaluated = self._at_once
         if isinstance(self._model, Spanned):
             self._clipped = BySpan(self._clipped, self._model)
+            self._evaluated = PIECE  # Such a model cuts them by itself, those of like length together.
 
     def read(self) -> Vector:
         """The parameters as (P,) float32. On the CPU it is a view: copy it before the next `load`."""
@@ -132,10 +140,11 @@ class Trainer:
 
     def place(self, records: Records) -> DeviceRecords:
         """Move rows to the training device; on the CPU they share the records' memory."""
-        features = torch.from_numpy(records.features).to(self.device)
-        if self._fixed is not None:
-            features = self._fixed(features)
-        return DeviceRecords(features, torch.from_numpy(records.target).to(self.device))
+        with memory_for("placing the records", self._load):
+            features = torch.from_numpy(records.features).to(self.device)
+            if self._fixed is not None:
+                features = self._fixed(features)
+            return DeviceRecords(features, torch.from_numpy(records.target).to(self.device))
 
     def train(
         self,
@@ -161,7 +170,8 @@ class Trainer:
         order, start = torch.randperm(rows, generator=generator).to(self.device), 0
         self._seed_layers(seed)
         self._model.train()
-        with self._resting(adjust):
+        at_once = min(batch, self._at_once)
+        with memory_for("training", self._load, rows=at_once, batch=batch), self._resting(adjust):
             for _ in range(self._training.steps_for(rows) if steps is None else steps):
                 if start >= rows:
                     order, start = torch.randperm(rows, generator=generator).to(self.device), 0
@@ -243,7 +253,10 @@ class Trainer:
         """
         self._seed_layers(int(source.words(1)[0]) >> 1)
         self._model.train()
-        with self._resting(adjust):
+        batch = max(1, round(sgd.sampling_rate * len(records)))
+        # The engines of pre-trained models fill a piece up to its full size.
+        at_once = self._private_rows if self._load.pretrained else min(batch, self._private_rows)
+        with memory_for("training", self._load, rows=at_once, batch=batch), self._resting(adjust):
             sgd.train(
                 self._trained,
                 records.features,
@@ -263,8 +276,11 @@ class Trainer:
         """Run the task on two records before anything is written. Raises `JobError` if it cannot work."""
         few = self.place(records.take(np.arange(len(records))[:2]))
         try:
-            losses = self.task.loss(self._model(few.features), few.targets)
+            with memory_for("training", self._load):
+                losses = self.task.loss(self._model(few.features), few.targets)
             metrics = self.evaluate(few.features, few.targets)
+        except OutOfMemory:
+            raise
         except Exception as error:
             # Its text might show a record; where it came from shows with --verbose.
             raise JobError(f"task.name: the model or its loss failed on a record ({type(error).__name__})") from error
@@ -288,9 +304,10 @@ class Trainer:
     def outputs(self, features: Tensor) -> Tensor:
         """What the loaded model makes of each row, (B, ...)."""
         self._model.eval()
-        with torch.no_grad():
+        rows = None if isinstance(self._model, Spanned) else min(len(features), self._evaluated)
+        with torch.no_grad(), memory_for("evaluating", self._load, rows=rows):
             # In pieces: the inner values of an image model take many times what its images take.
-            return torch.cat([self._model(piece) for piece in torch.split(features, PIECE)])
+            return torch.cat([self._model(piece) for piece in torch.split(features, self._evaluated)])
 
     def by_length(self, records: Records) -> Records:
         """The same rows, the shortest texts first, where the task's model reads texts: rows that are next to each other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="Progress to stderr; one JSON object as the last line of stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the stack trace of an error.")]
+Track = Annotated[
+    list[str] | None,
+    typer.Option("--track", help="Write the run there too: tensorboard, mlflow or wandb.", metavar="TRACKER[:WHERE]"),
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")]
 
 
@@ -30,6 +34,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="simulate", epilog="Example: fedchorus simulate hospitals --set training.rounds=5")(simulate)
     app.command(name="resume", epilog="Example: fedchorus resume runs/hospitals-20260101-120000")(resume)
     app.command(name="report", epilog="Example: fedchorus report runs/hospitals-20260101-120000")(report)
+    app.command(name="track", epilog="Example: fedchorus track runs/hospitals-20260101-120000 tensorboard")(track)
     app.command(name="scenarios", epilog="Example: fedchorus scenarios --show hospitals > my-job.toml")(scenarios)
     app.command(name="strategies", epilog="Example: fedchorus strategies")(strategies)
     app.command(name="statistics", epilog="Example: fedchorus statistics runs/hospitals-statistics")(statistics)
@@ -54,28 +59,32 @@ def simulate(
     after: Annotated[
         Path | None, typer.Option(help="An earlier run of the same sites: their ledgers and budgets go on.")
     ] = None,
+    track: Track = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a federation of many clients on this machine, and compare it with training alone and pooled."""
     from simulations.scenarios import job_path
     from simulations.simulate import start_run
+    from simulations.trackers import Tracking, choices
     from strategies.job import load_job
 
     settings = list(overrides or [])
     settings += [f'simulation.engine="{engine}"'] if engine is not None else []
     settings += [f"seed={seed}"] if seed is not None else []
+    trackers = choices(track or [])
     path = job_path(job)
     resolved = load_job(path, settings)
-    with _watching(as_json) as watch:
-        now = datetime.now()
-        summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watch.watcher, now=now, after=after)
-        watch.conclude(summary)
+    with _watching(as_json) as watch, Tracking(trackers, watch.note) as tracking:
+        now, watcher = datetime.now(), tracking.beside(watch.watcher)
+        summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watcher, now=now, after=after)
+        watch.conclude(summary, tracking.conclude(summary))
 
 
 def resume(
     run: Annotated[str, typer.Argument(help="A run folder, or for an operator a job.", metavar="RUN | JOB")],
     operator: Annotated[Path | None, typer.Option(help="Of a job: the operator's file.", metavar="FILE")] = None,
+    track: Track = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -86,9 +95,26 @@ def resume(
         resume_job(run, operator=operator, as_json=as_json)
         return
     from simulations.simulate import resume_run
+    from simulations.trackers import Tracking, choices
 
-    with _watching(as_json) as watch:
-        watch.conclude(resume_run(Path(run), watcher=watch.watcher))
+    with _watching(as_json) as watch, Tracking(choices(track or []), watch.note) as tracking:
+        summary = resume_run(Path(run), watcher=tracking.beside(watch.watcher))
+        watch.conclude(summary, tracking.conclude(summary))
+
+
+def track(
+    run: RunArgument,
+    trackers: Annotated[
+        list[str], typer.Argument(help="tensorboard[:FOLDER], mlflow[:URI], wandb[:PROJECT].", metavar="TRACKER...")
+    ],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a run's figures, settings and card into experiment trackers, from its folder or one that was fetched."""
+    from simulations.trackers import choices, track_run
+
+    shown = track_run(run, choices(trackers))
+    typer.echo(json.dumps({"run": str(run), "tracked": shown}) if as_json else "\n".join(shown))
 
 
 def report(run: RunArgument, as_json: AsJson = False, verbose: Verbose = False) -> None:
@@ -309,7 +335,10 @@ class _Watch:
 
         return Watcher(begin=self._begin, status=self._say, round=self._show_round, stop=lambda: self._interrupts > 0)
 
-    def conclude(self, summary: Mapping[str, Any] | None) -> None:
+    def note(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def conclude(self, summary: Mapping[str, Any] | None, tracked: Sequence[str] = ()) -> None:
         """Print the end of a run, or how to go on with one that was stopped (exit code 130)."""
         from simulations.progress import print_summary
 
@@ -321,6 +350,8 @@ class _Watch:
             from strategies.measured import SHOWN_BY
 
             self._console.print(f"figures fedchorus {SHOWN_BY[self._measures]} {summary['run']}", soft_wrap=True)
+        for command in tracked:
+            self.note(f"tracked {command}")
         if self._as_json:
             typer.echo(json.dumps(summary))
 

@@ -13,12 +13,13 @@ import pandas as pd
 
 from client.data import Records, SiteData, class_count
 from client.evaluation import Judge
+from client.initial import starting_model
 from client.local import LocalTraining
 from client.memory import SiteMemory, own_model
-from client.reading import feature_count, records_of, site_data
+from client.reading import records_of, site_data
 from client.site import Files, Seat, Site, SitePlan
-from client.tables import read_frame, require_columns, site_frames
-from client.tasks import Task, initial_model, task_for
+from client.tables import joined, read_frame, require_columns, site_frames
+from client.tasks import Task, task_for
 from client.training import Trainer
 from privacy.errors import DataError, JobError
 from privacy.events import GaussianEvent
@@ -86,7 +87,7 @@ class Federation:
         if (job.cohort.separation or 1) > len(data):
             raise JobError(f"cohort.separation is {job.cohort.separation}, the job has {len(data)} sites")
         try:
-            model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
+            model = starting_model(job, task)
         except (RuntimeError, MemoryError) as error:
             raise JobError(f"task: the model cannot be built ({' '.join(str(error).split())})") from error
         trainer = Trainer(task, model, job.training)
@@ -256,7 +257,7 @@ def _one_table(job: Job) -> pd.DataFrame:
 
     frame: pd.DataFrame
     if job.data.bundled is not None and job.data.bundled in SETS:
-        frame = SETS[job.data.bundled]().table
+        frame = joined(SETS[job.data.bundled]().table, job.data)
     elif job.data.bundled == "digits":
         digits = load_digits(as_frame=True)
         frame = digits.data.assign(digit=digits.target)

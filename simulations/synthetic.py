@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from simulations.synthetic_texts import WANTED, messages
+from simulations.synthetic_images import chests
+from simulations.synthetic_texts import WANTED, messages, reviews
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,25 @@ def banks_text() -> Synthetic:
     return Synthetic(table, np.array([list(WANTED).index(wish) for wish in table["wish"]], dtype=np.float64))
 
 
+def hospitals_image() -> Synthetic:
+    """Chest images of five hospitals (`simulations.synthetic_images`); `best` is 1 where there is pneumonia, which the
+    shape of the marks shows."""
+    table = chests()
+    return Synthetic(table, table["pneumonia"].to_numpy(dtype=np.float64))
+
+
+def retailers_text() -> Synthetic:
+    """Reviews of what four departments sell (`simulations.synthetic_texts`); `best` is what they mean."""
+    table = reviews()
+    return Synthetic(table, table["liked"].to_numpy(dtype=np.float64))
+
+
 SETS: Mapping[str, Callable[[], Synthetic]] = {
     "banks": banks,
     "banks-text": banks_text,
+    "hospitals-image": hospitals_image,
     "hospitals-survival": hospitals_survival,
     "retailers-forecast": retailers_forecast,
     "retailers-recommend": retailers_recommend,
+    "retailers-text": retailers_text,
 }

@@ -112,6 +112,15 @@ def _check_index(folder: Path, key: str) -> None:
             raise JobError(f"{key}: {path} names weights that are no .safetensors file of that folder; save it anew")
 
 
+def file_hash(path: Path, *, key: str) -> str:
+    """SHA-256 of one file that a job names under `key`. Raises `JobError`."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise JobError(f"{key}: {path} cannot be read ({error.strerror})") from None
+
+
 def _hash(folder: Path, patterns: Iterable[str]) -> str:
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
     seen = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)

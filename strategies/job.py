@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from privacy.errors import JobError
-from strategies.checkpoint import absolute, hashes, locate, portable
+from strategies.checkpoint import absolute, file_hash, hashes, locate, portable
 from strategies.explain import explain, one_line
 from strategies.job_data import Data
 from strategies.job_privacy import Privacy, Robust, SecureAggregation
@@ -434,6 +434,9 @@ class Job(Section):
         task = self.task
         if task.checkpoint is not None:
             task = task.model_copy(update={"checkpoint": portable(task.checkpoint)})
+        if task.tuning is not None and task.tuning.calibration is not None:
+            tuning = task.tuning.model_copy(update={"calibration": Path(task.tuning.calibration).name})
+            task = task.model_copy(update={"tuning": tuning})
         columns = {
             name: column.model_copy(update={"tokenizer": portable(column.tokenizer)}) if column.tokenizer else column
             for name, column in data.columns.items()
@@ -518,6 +521,11 @@ def _resolved(raw: dict[str, Any], overrides: Sequence[str], *, folder: Path, wh
         # A resolved job has the hashes, and is read also where the checkpoint is not.
         known = {"checkpoint_hash", "tokenizer_hash"} <= task.keys()
         raw["task"] = {**({} if known else hashes(locate(reference))), **task, "checkpoint": reference}
+    tuning = task.get("tuning") if isinstance(task, dict) else None
+    if isinstance(tuning, dict) and isinstance(tuning.get("calibration"), str) and "calibration_hash" not in tuning:
+        public = (folder / tuning["calibration"]).resolve()
+        found = {"calibration": str(public), "calibration_hash": file_hash(public, key="task.tuning.calibration")}
+        raw["task"] = {**raw["task"], "tuning": {**tuning, **found}}
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("folder", "."), str) and "bundled" not in data:
         data["folder"] = str((folder / data.get("folder", ".")).resolve())
@@ -550,6 +558,10 @@ def parse_job(text: str, *, where: str) -> Job:
         job = check_job(tomllib.loads(text), where=where)
         if job.task.checkpoint is not None and portable(job.task.checkpoint) != job.task.checkpoint:
             raise JobError(f"{where}: task.checkpoint is a folder of another machine; name it as models:NAME")
+        tuning = job.task.tuning
+        public = tuning.calibration if tuning is not None else None
+        if public is not None and Path(public).name != public:
+            raise JobError(f"{where}: task.tuning.calibration is a path of another machine; only its name travels")
         if job.task.checkpoint is not None and None in (job.task.checkpoint_hash, job.task.tokenizer_hash):
             raise JobError(f"{where}: task.checkpoint without its hashes; submit the job file, which fills them in")
         return job

@@ -152,9 +152,11 @@ class Data(Section):
             "digits",
             "banks",
             "banks-text",
+            "hospitals-image",
             "hospitals-survival",
             "retailers-forecast",
             "retailers-recommend",
+            "retailers-text",
         ]
         | None
     ) = None

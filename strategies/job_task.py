@@ -17,7 +17,9 @@ class Tuning(Section):
     Of their `factors` A and B only `b` is trained, from a fixed A of orthonormal rows, so that what sites add up is
     exact; or `both`; or each in turn, round by round (`alternate`). `ranks` names weaker sites and the first so many
     of the rank that they train. Every `refactor_every` rounds the server turns the factors, so that the first matter
-    most. `bias` and `norms` train what these words say, `head` the head alone, `full` all.
+    most. With `calibration`, a public file of records, A starts where the inputs of each layer vary in it rather than
+    at random; `calibration_hash` is filled in where the job is made. `bias` and `norms` train what these words say,
+    `head` the head alone, `full` all.
 
     With `layers` only the last so many blocks are tuned; with `depth` only the first so many are used at all, which for
     classes is often better, as the last ones were made for another task. In the first `head_rounds` rounds the head is
@@ -32,6 +34,8 @@ class Tuning(Section):
     factors: Literal["b", "both", "alternate"] = "b"
     ranks: dict[Name, Count] | None = Field(default=None, min_length=1)
     refactor_every: Count | None = None
+    calibration: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    calibration_hash: Sha256 | None = None
     layers: Count | None = None
     depth: Count | None = None
     head_rounds: Count | None = None
@@ -39,7 +43,7 @@ class Tuning(Section):
 
     @model_validator(mode="after")
     def _of_its_method(self) -> Self:
-        own = ("rank", "alpha", "targets", "factors", "ranks", "refactor_every")
+        own = ("rank", "alpha", "targets", "factors", "ranks", "refactor_every", "calibration")
         # A resolved job holds the defaults: what is set to them is not given.
         given = {key for key in own if getattr(self, key) != type(self).model_fields[key].default}
         if self.method != "lora" and given:
@@ -48,6 +52,10 @@ class Tuning(Section):
             raise ValueError('refactor_every is for factors = "b": it makes new factors of the sum of B A')
         if self.ranks is not None and self.factors != "b":
             raise ValueError('ranks is for factors = "b": the columns of B are averaged each by itself')
+        if self.calibration is not None and self.refactor_every is not None:
+            raise ValueError("calibration scales the directions of A, which refactor_every would undo; leave one out")
+        if self.calibration is None and self.calibration_hash is not None:
+            raise ValueError("calibration_hash belongs to calibration")
         if any(rank >= self.rank for rank in (self.ranks or {}).values()):
             raise ValueError(f"ranks are below the rank of {self.rank}, which all other sites train")
         refuse_repeated("targets", self.targets)

@@ -16,6 +16,7 @@ JOBS = Path(__file__).parent.parent.parent / "examples" / "real"
 # Sites, and rows of all of them: as published, less the rows without all values (adult) and the first year (walmart).
 SIZES = {
     "adult": (14, 30162),
+    "banking77": (5, 10003 + 3080),
     "bank_marketing": (12, 45211),
     "default_credit": (4, 30000),
     "german_credit": (10, 1000),
@@ -44,6 +45,21 @@ def test_the_published_files_are_read_whole(name: str) -> None:
 
 def test_the_published_validation_images_are_the_test_rows() -> None:
     assert sum(len(site.test) for site in load_sites(real("pneumoniamnist")).values()) == 524
+
+
+def test_private_or_not_the_x_rays_and_their_sites_are_the_same() -> None:
+    plain, private = (load_job(JOBS / f"{name}.toml") for name in ("pneumoniamnist", "pneumoniamnist-private"))
+    assert (plain.data, plain.task, plain.seed) == (private.data, private.task, private.seed)
+    assert plain.simulation.partition == private.simulation.partition
+    assert private.privacy.record is not None
+    assert private.secure_aggregation is not None
+
+
+def test_each_intent_is_a_class_of_the_job() -> None:
+    job = real("banking77")
+    sites = load_sites(job).values()
+    assert sum(len(site.test) for site in sites) == 3080
+    assert set().union(*(site.test.target.tolist() for site in sites)) == set(range(len(job.data.classes or ())))
 
 
 def test_shops_that_forecast_together_beat_those_alone(tmp_path: Path) -> None:

@@ -33,8 +33,9 @@ class TestEverySet:
     def test_has_a_scenario_of_its_name_whose_columns_it_has(self, name: str) -> None:
         data, table = load_job(scenario_path(name)).data, SETS[name]().table
         assert data.bundled == name
-        assert {data.client, data.target, *data.columns} <= set(table.columns)
-        assert set(table.columns) - set(data.columns) - {data.client, data.target} <= {
+        columns = {part for name, column in data.columns.items() for part in column.join or [name]}
+        assert {data.client, data.target, *columns} <= set(table.columns)
+        assert set(table.columns) - columns - {data.client, data.target} <= {
             data.event,
             data.forecast.time if data.forecast else None,
             data.held_out.column if data.held_out else None,
