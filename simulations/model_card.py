@@ -82,10 +82,12 @@ def _input_and_parameters(job: Job, parameters: Parameters) -> str:
     classes = class_count(job.data)
     what = f", {classes} classes" if classes and job.data.target_type in (None, "class", "tags") else ""
     features = ", ".join(f"`{name}`" for name in _inputs(job))
-    encoded = PRETRAINED_ROWS if job.task.model == "pretrained" else ROWS
+    pretrained = job.task.model == "pretrained"
+    read = "It reads" if pretrained else f"{feature_count(job)} features, in this order:"
+    encoded = PRETRAINED_ROWS if pretrained else ROWS
     return f"""## Input and parameters
 
-Target: `{job.data.target}`{what}. {feature_count(job)} features, in this order:
+Target: `{job.data.target}`{what}. {read}
 {features}.
 
 {encoded}

@@ -134,11 +134,11 @@ def _outcome(summary: Mapping[str, Any]) -> Markup:
     metric = headline(metrics)
     private = any(_at(summary, "epsilon", unit) is not None for unit in ("record", "client"))
     exact = ", no privacy" if private else ""
-    reached = [
-        ("Federated", metrics.get(metric.name), "one model, no row moved"),
-        ("Local only", _at(summary, "baselines", "local", metric.name), f"each site alone{exact}"),
-        ("Pooled", _at(summary, "baselines", "pooled", metric.name), f"all rows in one place{exact}"),
-    ]
+    reached = [("Federated", metrics.get(metric.name), "one model, no row moved")]
+    if _at(summary, "baselines"):  # A run may do without them.
+        local, pooled = (_at(summary, "baselines", kind, metric.name) for kind in ("local", "pooled"))
+        reached.append(("Local only", local, f"each site alone{exact}"))
+        reached.append(("Pooled", pooled, f"all rows in one place{exact}"))
     if (private := _at(summary, "baselines", "local_private", metric.name)) is not None:
         reached.insert(1, ("Local, as private", private, "each site alone, same epsilon"))
     if (own := _at(summary, "personal", metric.name)) is not None:

@@ -594,6 +594,8 @@ VARIANTS: list[list[str]] = [
     [*TUNED, "task.tuning.factors=both"],
     [*TUNED, "task.tuning.ranks={a=2}"],
     [*TUNED, "task.tuning.refactor_every=2"],
+    [*TUNED, "task.tuning.calibration='public.csv'", f"task.tuning.calibration_hash='{'b' * 64}'"],
+    [*TUNED, "task.tuning.calibration='public.csv'", f"task.tuning.calibration_hash='{'c' * 64}'"],
     [*TUNED, "task.tuning.layers=2"],
     [*TUNED, "task.tuning.scale=2.5"],
     [*TUNED, "task.tuning.depth=3"],
