@@ -161,6 +161,9 @@ class Judge:
             case "number":
                 predicted, wanted = self._numbers(outputs, targets)
                 return {"errors": _error_counts(predicted, wanted, *range_of(self._job), bins)}
+            case "text":
+                share = self._foreseen(outputs, targets)
+                return {"tokens": np.column_stack([_marked(cells(share, bins), bins), share.astype(np.float32)])}
             case "time":
                 ends, (time, event) = times_of(self._job), targets.double().unbind(dim=-1)
                 place = 2 * np.searchsorted(np.asarray(ends), time.numpy(), side="left") + (event.numpy() == 1)
@@ -173,6 +176,11 @@ class Judge:
         if any(tuple(one.shape) != (len(targets),) for one in found):
             raise ValueError("natural and wanted are one number per record")
         return found[0].double().numpy(), found[1].double().numpy()
+
+    def _foreseen(self, outputs: Tensor, targets: Tensor) -> Numbers:
+        """(n,) within [0, 1]: the share of each text's tokens that were the likeliest."""
+        share: Numbers = np.nan_to_num(self._task.metrics(outputs, targets)["accuracy"].double().numpy(), nan=0.0)
+        return share.clip(0, 1)
 
     def _risk(self, outputs: Tensor) -> Numbers:
         """(n,) within [0, 1]: a rising function of the task's risk."""
@@ -197,6 +205,8 @@ class Judge:
             case "number":
                 (low, high), (predicted, wanted) = range_of(self._job), self._numbers(outputs, targets)
                 return {"mae": float(np.mean(np.abs(predicted - wanted))) / (high - low)}
+            case "text":
+                return {"accuracy": float(self._foreseen(outputs, targets).mean())}
             case "time":
                 time, event = targets.unbind(dim=-1)
                 return {"c_index": c_index(self._risk(outputs), time.numpy(), event.numpy())}

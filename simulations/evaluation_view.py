@@ -11,9 +11,8 @@ from rich.table import Table
 
 from simulations import shown
 
-SHARES = frozenset(
-    {"auc", "accuracy", "precision", "recall", "specificity", "f1", "positive", "predicted", "wape", "c_index"}
-)
+RATES = ("accuracy", "precision", "recall", "specificity", "positive", "predicted", "mostly")
+SHARES = frozenset({*RATES, "auc", "f1", "wape", "c_index"})
 
 
 def print_evaluation(console: Console, said: Mapping[str, Any]) -> None:

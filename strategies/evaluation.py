@@ -11,6 +11,8 @@ of what the model makes of a row, in public cells:
 | a number             | errors      | 1 in the cell of the absolute error; `MOMENTS` of the error e, the target  |
 |                      |             | y and its place u in [-1, 1], on its range; 1 where one is beyond it       |
 | a time               | pairs       | 1 in the cells of time, event or censoring, and risk                       |
+| a text               | tokens      | 1 in the cell of the share of its tokens that were the likeliest, and that |
+|                      |             | share                                                                      |
 | all but a time       | loss        | the loss, up to `largest_loss`                                             |
 
 and of each group of rows the same but for confidence and loss. With `sites` each site adds, once, a 1 in the cell of
@@ -32,7 +34,7 @@ from strategies.measured import check_exact
 from strategies.parameters import Parameters, vector_hash
 from strategies.statistics import class_names
 
-Kind = Literal["binary", "classes", "number", "time"]
+Kind = Literal["binary", "classes", "number", "time", "text"]
 
 MOST_CLASSES = 32  # Of more the confusion of each with each is not counted.
 MOMENTS = ("|e|", "e^2", "u", "u^2", "|y|", "outside")
@@ -41,6 +43,7 @@ SITE_FIGURES: Mapping[Kind, tuple[str, ...]] = {
     "classes": ("accuracy",),
     "number": ("mae",),
     "time": ("c_index",),
+    "text": ("accuracy",),
 }
 WHOLE = ""  # As a group: all rows.
 SITES = "sites "  # Before the figure by which sites are counted.
@@ -66,6 +69,10 @@ def kind_of(data: Data) -> Kind:
     match data.target_type:
         case "number" | "time":
             return data.target_type
+        case "text":
+            return "text"
+        case "next" if any(column.type == "tokens" for column in data.columns.values()):
+            return "text"
         case "next" | "tags":
             return "classes"
     return "binary" if data.classes is None or len(data.classes) == 2 else "classes"
@@ -116,6 +123,8 @@ def blocks_of(job: Job) -> list[Block]:
                 add("errors", choice.bins + len(MOMENTS), group, place)
             case "time":
                 add("pairs", 2 * (len(times_of(job)) + 1) * choice.bins, group, place)
+            case "text":
+                add("tokens", choice.bins + 1, group, place)
 
     add_rows()
     if kind != "time":
@@ -140,7 +149,7 @@ def scale_of(job: Job) -> float:
     count; every moment is at most 1, and so is a loss."""
     most: dict[tuple[str, str], int] = {}
     for block in blocks_of(job):
-        most[block.group, block.kind] = 1 + len(MOMENTS) if block.kind == "errors" else 1
+        most[block.group, block.kind] = {"errors": 1 + len(MOMENTS), "tokens": 2}.get(block.kind, 1)
     return 1 / math.sqrt(sum(most.values()))
 
 

@@ -85,6 +85,9 @@ def summarise(job: Job, weights: Array, *, noise: float | None) -> dict[str, Any
             wide = choice.largest_loss * error / total * math.sqrt(1 + told.cells(whole) * share**2)
         value = choice.largest_loss * share
         figures["loss"] = _figure(value, se=wide)
+        if kind == "text":  # Of the mean over texts, each the mean over its tokens.
+            perplexity = math.exp(min(value, choice.largest_loss))
+            figures["perplexity"] = _figure(perplexity, se=None if wide is None else perplexity * wide)
     groups: dict[str, dict[str, Any]] = {}
     for column, group in (choice.groups or {}).items():
         for place, name in enumerate(group.names):
@@ -126,8 +129,19 @@ def figures_of(kind: Kind, job: Job) -> Mapping[str, Callable[[Array], tuple[Fig
         case "number":
             low, high = range_of(job)
             return {"errors": lambda counts: error_figures(counts, low, high)}
+        case "text":
+            return {"tokens": token_figures}
         case "time":
             return {"pairs": lambda cells: pair_figures(cells.reshape(len(times_of(job)) + 1, 2, -1))}
+
+
+def token_figures(counts: Array) -> tuple[Figures, Figures, Figures]:
+    """From (B,) counts of texts by the cell of the share of their tokens that were the likeliest, then the sum of these
+    shares: both exact. `mostly` is the share of texts of which more than half of the tokens were."""
+    cells, share = counts[:-1], float(counts[-1])
+    rows = float(cells.sum())
+    value = {"accuracy": _ratio(share, rows), "mostly": _ratio(float(cells[len(cells) // 2 :].sum()), rows)}
+    return value, value, value
 
 
 def binary_figures(cells: Array) -> tuple[Figures, Figures, Figures]:
@@ -270,8 +284,8 @@ class _Reader:
         return len(self._counting(parts))
 
     def _counting(self, parts: Mapping[str, Array]) -> Array:
-        name = next(n for n in ("scores", "confusion", "confidence", "errors", "pairs") if n in parts)
-        return parts[name][: -len(MOMENTS)] if name == "errors" else parts[name]
+        name = next(n for n in ("scores", "confusion", "confidence", "errors", "pairs", "tokens") if n in parts)
+        return parts[name][: -{"errors": len(MOMENTS), "tokens": 1}.get(name, 0) or None]
 
     def figures(self, parts: Mapping[str, Array]) -> dict[str, Any]:
         rows = self.count(parts)

@@ -18,7 +18,8 @@ from privacy.audit import audit_run
 from privacy.errors import DataError, JobError
 from simulations.progress import RoundTable
 from simulations.simulate import Watcher, start_run
-from strategies.job import Job, check_job, load_job
+from strategies.figures import read_evaluation
+from strategies.job import Job, check_job, evaluation_job, load_job
 from strategies.parameters import Parameters, Vector
 from tests.client.checkpoints import checkpoint, job_of
 
@@ -250,3 +251,38 @@ def test_the_job_of_a_run_names_its_checkpoint_by_hash(folder: Path, tmp_path: P
     assert len(again.task.checkpoint_hash or "") == len(again.task.tokenizer_hash or "") == 64
     other = checkpoint("bert", tmp_path)
     assert other != checkpoint("bert", folder)
+
+
+def written(folder: Path, family: str) -> tuple[Path, dict[str, Any]]:
+    """A run in which the tiny `family` learns to write; of a T5 the word behind a text."""
+    answers = ["data.target=answer", "data.target_type=text", "data.target_length=4", "task.name=seq2seq"]
+    texts = ["data.target=text", "data.target_type=next", "task.name=causal-lm"]
+    pd.read_csv(folder / "rows.csv").assign(answer=lambda rows: rows["text"].str.split().str[-1]).to_csv(
+        folder / "answers.csv", index=False
+    )
+    own = [*(answers if family == "t5" else texts), "data.stratify=false"]
+    out = folder / f"written-{family}-{len(list(folder.glob('written-*')))}"
+    return out, run(job_of(folder / "answers.csv", family, *own, folder=folder), out)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+class TestEvaluationsOfWhatIsWritten:
+    def test_say_what_the_simulator_sees_on_all_rows(self, folder: Path, family: str) -> None:
+        path, summary = written(folder, family)
+        where = folder / f"evaluated-{family}"
+        run(evaluation_job(path, ["secure_aggregation={colluders=0, reach=100.0}"]), where)
+        figures = read_evaluation(where)["figures"]
+        assert figures["accuracy"]["value"] == pytest.approx(summary["metrics"]["accuracy"], abs=2e-4)
+        assert figures["loss"]["value"] == pytest.approx(summary["metrics"]["loss"], rel=2e-3)
+        assert figures["perplexity"]["value"] == pytest.approx(np.exp(figures["loss"]["value"]))
+        assert 0 <= figures["mostly"]["value"] <= 1
+
+    def test_under_privacy_are_off_by_their_stated_noise(self, folder: Path, family: str) -> None:
+        path, summary = written(folder, family)
+        where = folder / f"private-{family}"
+        run(evaluation_job(path, ["privacy.record={epsilon=8.0, delta=1e-3}", "evaluation.bins=10"]), where)
+        figures = read_evaluation(where)["figures"]
+        for name in ("accuracy", "loss"):
+            assert figures[name]["se"] > 0
+            assert abs(figures[name]["value"] - summary["metrics"][name]) < 6 * figures[name]["se"]
+        assert audit_run(where).ok

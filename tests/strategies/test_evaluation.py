@@ -21,6 +21,14 @@ ONE = {"rounds": 1, "learning_rate": 1.0, "local_steps": 1, "batch_size": None, 
 OF = "a" * 64
 NUMBER = {"target_type": "number", "target_range": [-10.0, 30.0]}
 TIME = {"target_type": "time", "event": "died"}
+TEXT: dict[str, Any] = {
+    "data": {
+        "target_type": "text",
+        "target_length": 4,
+        "columns": {"said": {"type": "tokens", "length": 8, "tokenizer": "models:tiny"}},
+    },
+    "task": {"name": "seq2seq", "model": "pretrained", "checkpoint": "models:tiny"},
+}
 RECORD = {"epsilon": 1.0, "delta": 1e-3}
 
 
@@ -105,6 +113,17 @@ class TestFigures:
             metrics.recall_score(true, said, labels=sorted(set(true)), average="macro")
         )
         assert value == low == high
+
+    @given(shares=st.lists(st.floats(0, 1), min_size=1, max_size=40))
+    def test_of_texts_are_those_of_their_tokens(self, shares: list[float]) -> None:
+        own, job = np.array(shares), evaluation(**TEXT)
+        cells = np.bincount(np.clip(np.ceil(own * 100) - 1, 0, 99).astype(int), minlength=100) / len(own)
+        counted = np.append(cells, own.mean())
+        said = summarise(job, weights(job, tokens=counted, loss=np.array([0.3])), noise=0.0)["figures"]
+        assert said["accuracy"]["value"] == pytest.approx(own.mean())
+        assert said["mostly"]["value"] == pytest.approx(np.mean(own > 0.5))
+        assert said["loss"]["value"] == pytest.approx(3.0), "of a largest loss of 10"
+        assert said["perplexity"]["value"] == pytest.approx(np.exp(3.0))
 
     def test_of_a_number_are_those_of_its_rows(self) -> None:
         rng = np.random.default_rng(1)
@@ -249,6 +268,7 @@ class TestJob:
             ({"data": {"classes": list(range(40))}}, ["confidence", "loss"]),
             ({"data": NUMBER}, ["errors", "loss"]),
             ({"data": TIME, "evaluation": {"times": [1.0, 2.0]}}, ["pairs"]),
+            (TEXT, ["tokens", "loss"]),
             ({"evaluation": {"sites": 9}}, ["scores", "loss", "sites accuracy", "sites auc"]),
             ({"evaluation": {"groups": {"sex": {"values": ["F", "M"]}}}}, ["scores", "loss", "scores", "scores"]),
         ],
