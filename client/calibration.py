@@ -3,7 +3,7 @@
 The gradient of a layer's weights is a sum of products g x^T of what comes back and what goes in. Adapters with a
 fixed A see of it what A's rows span. The inputs of a trained model vary in few directions: their first eight principal
 components, out of hundreds, hold more than half of the gradient, eight random rows a fiftieth (docs/results.md).
-Under privacy the noise is the same for either, so that the signal in it is several times as strong.
+The noise of privacy is the same for either.
 
 Principal directions of inputs: Paischer et al. 2024, EVA (arXiv:2410.07170), which takes them from the records
 themselves. Here the file is public: nothing is spent.
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from client.encodings import PADDING
@@ -25,9 +27,9 @@ from privacy.errors import JobError
 from strategies.checkpoint import file_hash
 from strategies.job import Job
 
-RECORDS = 256  # Read of the file: enough for the first directions, and quickly computed.
+RECORDS = 256  # Spread over the file: enough for the first directions, and quickly computed.
 VECTORS = 1024  # Kept of a layer's inputs.
-LEAST = 1e-3  # Of the first direction's size: one that is smaller is not magnified any further.
+LEAST = 1e-3  # Of the first direction's size: what is smaller is no direction in which anything varies.
 _KEY = "task.tuning.calibration"
 
 
@@ -37,8 +39,8 @@ def calibrate(model: nn.Module, job: Job) -> None:
     Each is scaled so that it answers with a mean square of 1 over the public records: a step of B then moves what the
     layer says as far along one direction as along another. The head is not needed, nor are labels.
 
-    Raises `JobError` for a file that changed since the job was made or is too short, and `DataError` for one that is
-    not as the job's schema says.
+    Raises `JobError` for a file that changed since the job was made or in which a layer's inputs vary in fewer
+    directions, and `DataError` for one that is not as the job's schema says.
     """
     tuning = job.task.tuning
     assert tuning is not None
@@ -47,33 +49,48 @@ def calibrate(model: nn.Module, job: Job) -> None:
     if tuning.calibration_hash not in (None, file_hash(path, key=_KEY)):
         raise JobError(f"{_KEY}: {path} is not the file that the job was made with; make the job anew")
     assert isinstance(model, Pretrained)
+    if model.kind == "seq2seq":
+        raise JobError(f"{_KEY}: what a {job.task.name} model writes with depends on answers, which are not public")
     records, _ = unlabelled(path, job)
-    rows = torch.from_numpy(records.features[:RECORDS])
-    if not len(rows):
+    if not len(records.features):
         raise JobError(f"{_KEY}: {path} has no complete records")
+    chosen = _spread(len(records.features), RECORDS)
+    rows = torch.from_numpy(records.features[chosen])
     for name, inputs in _inputs(model, rows).items():
-        factor: Any = model.get_submodule(name)
-        if tuning.rank > len(inputs):
-            raise JobError(
-                f"{_KEY}: {path} gives {len(inputs)} inputs of {name}, and rank {tuning.rank} needs as many "
-                "directions; give more records"
-            )
         directions = principal(inputs, tuning.rank)
+        if len(directions) < tuning.rank:
+            raise JobError(
+                f"{_KEY}: in {path} the inputs of {name} vary in {len(directions)} directions, and rank {tuning.rank} "
+                "needs as many; give more records, and other ones"
+            )
+        factor: Any = model.get_submodule(name)
         with torch.no_grad():
             factor.weight.copy_(directions)
 
 
 def principal(inputs: Tensor, rank: int) -> Tensor:
-    """(n, d) -> (rank, d): the first right singular vectors, each over the root mean square of the inputs along it."""
+    """(n, d) -> (rank, d): the first right singular vectors, each over the root mean square of the inputs along it.
+
+    Fewer rows where the inputs vary in fewer directions; none where they are not finite.
+    """
+    if not inputs.isfinite().all():
+        return inputs[:0]
     _, sizes, directions = torch.linalg.svd(inputs.double(), full_matrices=False)
-    spread = sizes / len(inputs) ** 0.5
-    spread = spread.clamp(min=max(float(spread[0]) * LEAST, torch.finfo(torch.float32).tiny))
-    scaled: Tensor = (directions[:rank] / spread[:rank, None]).float()
+    known = min(rank, int((sizes > LEAST * sizes[:1]).sum()))
+    spread = sizes[:known] / len(inputs) ** 0.5
+    scaled: Tensor = (directions[:known] / spread[:, None]).float()
     return scaled
 
 
+def _spread(count: int, most: int) -> NDArray[np.int64]:
+    """Up to `most` of `count` places, each in the middle of its share, so that neither end is always among them."""
+    wanted = min(count, most)
+    places: NDArray[np.int64] = ((np.arange(wanted) + 0.5) * count / wanted).astype(np.int64)
+    return places
+
+
 def _inputs(model: Pretrained, rows: Tensor) -> dict[str, Tensor]:
-    """(n, d) float32 for each A by its name: its inputs at evenly spaced places of each row, none of them padding."""
+    """(n, d) float32 for each A by its name: its inputs at places spread over each row, none of them padding."""
     found: dict[str, list[Tensor]] = {}
     each = max(1, VECTORS // len(rows))
 
@@ -81,8 +98,7 @@ def _inputs(model: Pretrained, rows: Tensor) -> dict[str, Tensor]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
             there = min(tokens, len(inputs)) if model.kind != "image" else len(inputs)
-            places = torch.linspace(0, there - 1, min(each, there)).round().long()
-            found.setdefault(name, []).append(inputs[places].float().cpu())
+            found.setdefault(name, []).append(inputs[torch.from_numpy(_spread(there, each))].float().cpu())
 
         return hook
 

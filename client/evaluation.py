@@ -15,6 +15,7 @@ from torch import Tensor
 
 from client.data import Records, SiteData, class_count, encode, feature_names, rows_apart, standardised
 from client.encodings import PADDING
+from client.out_of_memory import OutOfMemory
 from client.scores import c_index, roc_auc
 from client.statistics import as_numbers, value_places
 from client.tasks import initial_model, task_for
@@ -98,6 +99,8 @@ class Judge:
         phi = np.zeros((max(1, len(rows)), size_of(self._job)), np.float32)
         try:
             figures = self._judge(phi, rows, model) if len(rows) else {}
+        except OutOfMemory:
+            raise
         except Exception as error:
             # Its text might show a record.
             raise JobError(f"task.name: {site}: evaluating the model failed ({type(error).__name__})") from error

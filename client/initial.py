@@ -19,14 +19,14 @@ def initial_parameters(job: Job) -> tuple[Parameters, Vector]:
     return trainer.parameters, trainer.read().copy()
 
 
-def starting_model(job: Job, task: Task) -> nn.Module:
+def starting_model(job: Job, task: Task, *, calibrated: bool = True) -> nn.Module:
     """The model of round 1, which travels to the sites. It alone is calibrated: a site's own copy takes what it gets.
 
     Raises `JobError`, and `DataError` for a file of public records that is not as the job's schema says.
     """
     model = initial_model(task, features=feature_count(job), classes=class_count(job.data), seed=job.seed)
     tuning = job.task.tuning
-    if tuning is not None and tuning.calibration is not None:
+    if calibrated and job.evaluation is None and tuning is not None and tuning.calibration is not None:
         from client.calibration import calibrate
 
         calibrate(model, job)

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
 
-from privacy.errors import JobError
+from privacy.errors import JobError, wants_memory
 
-Doing = Literal["training", "evaluating", "placing the records"]
-SAYS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
-"""How torch's allocators, of the CPU and of accelerators, say it where they raise a plain RuntimeError."""
+Doing = Literal["training", "evaluating", "placing the records", "placing the model"]
+DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 class OutOfMemory(JobError):
     """A job's model and rows are too large for the device that trains. Made of counts and settings' names alone, so
-    that the text may be told where an error of a process that has seen records may not."""
+    that it may be told where an error of a process that has seen records may not: as `fields`, from which the other
+    side makes the text."""
 
     def __init__(self, doing: Doing, load: Load, *, rows: int | None, batch: int | None) -> None:
+        self.fields = {**asdict(load), "doing": doing, "rows": rows, "batch": batch}
         at_once = f", with {int(rows)} rows at once" if rows is not None else ""
         ways = load.ways(rows, batch)
         super().__init__(
             f"out of memory while {doing} on {load.device}{at_once}; {', or '.join(ways)}, or take a machine with more"
         )
+
+    @classmethod
+    def told(cls, fields: Mapping[str, Any]) -> OutOfMemory | None:
+        """The same from the `fields` of another process, whatever it says of itself; None for what are not ones."""
+        device, doing = fields.get("device"), fields.get("doing")
+        counts = [fields.get("rows"), fields.get("batch")]
+        if any(count is not None and (type(count) is not int or not 0 <= count < 2**31) for count in counts):
+            return None
+        if device not in DEVICES or doing not in get_args(Doing):
+            return None
+        load = Load(device, pretrained=fields.get("pretrained") is True, texts=fields.get("texts") is True)
+        return cls(cast(Doing, doing), load, rows=counts[0], batch=counts[1])
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,6 @@ def memory_for(doing: Doing, load: Load, *, rows: int | None = None, batch: int 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # By its name too: torch need not be there, and its accelerators have more such classes than one.
-        said = str(error).lower()
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(s in said for s in SAYS):
+        if wants_memory(error):
             raise OutOfMemory(doing, load, rows=rows, batch=batch) from error
         raise

@@ -3,7 +3,7 @@
 It answers its parent's calls one after the other through the socket that it finds as descriptor 0, and ends with it.
 Whatever the user's code prints goes to descriptors 1 and 2, which the parent keeps apart. What an error says leaves
 this process only as long as no record has met the user's code; afterwards it is the name of its kind, and no more:
-but for want of memory, of which the text is made of counts and settings.
+but for want of memory, of which it tells counts.
 """
 
 from __future__ import annotations
@@ -159,10 +159,10 @@ class Child:
             except Exception as error:  # noqa: BLE001  # The user's code may raise anything, and the job goes on.
                 traceback.print_exc()
                 told = isinstance(error, JobError | DataError) and name in ("open", "plan")
-                kind = type(error).__name__
-                if type(error) is OutOfMemory:
-                    told, kind = True, JobError.__name__
-                answer, array = {"error": kind, "says": str(error) if told else None}, NOTHING
+                answer = {"error": type(error).__name__, "says": str(error) if told else None}
+                if isinstance(error, OutOfMemory):
+                    answer["memory"] = error.fields
+                array = NOTHING
             self._pipe.send(answer, array)
 
     def _prove(self, call: dict[str, Any], _given: Vector) -> tuple[dict[str, Any], Vector]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self, TypeVar
 import numpy as np
 
 from client.life import Life, TookTooLong
+from client.out_of_memory import OutOfMemory
 from client.pipe import NOTHING, MalformedFrame, PipeClosed
 from client.sandbox import Isolation, Sandbox, environment
 from client.site import SitePlan
@@ -330,8 +331,11 @@ class TrainerProcess:
         answer = life.exchange(call, array, into=into, timeout_s=self._timeout_s)
         if "error" not in answer:
             return answer
-        kind, says = answer["error"], answer.get("says")
-        if isinstance(says, str) and kind in ("DataError", "JobError"):
+        kind, says, memory = answer["error"], answer.get("says"), answer.get("memory")
+        if isinstance(memory, dict) and (error := OutOfMemory.told(memory)) is not None:
+            raise error
+        # Later the user's code has met records, and could say so in the text of an error.
+        if isinstance(says, str) and kind in ("DataError", "JobError") and call["call"] in ("open", "plan"):
             raise (DataError if kind == "DataError" else JobError)(_line(says))
         # A class can be named after a record only by who means to: the name is a word, and short.
         word = kind if isinstance(kind, str) and kind.isidentifier() and len(kind) <= 64 else "an error"

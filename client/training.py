@@ -92,6 +92,14 @@ class Trainer:
         check_trainable(model)
         self.device = _device(training.device)
         self.task, self._training = task, training
+        self._method: Method = getattr(task, "gradients", "vmap")
+        texts = getattr(task, "column_type", None) == "tokens"
+        self._load = Load(self.device.type, pretrained=self._method != "vmap", texts=texts)
+        with memory_for("placing the model", self._load):
+            self._place(model)
+
+    def _place(self, model: nn.Module) -> None:
+        task, training = self.task, self._training
         # A head on a fixed model is trained on that model's outputs, which are computed once.
         parts = model.apart() if isinstance(model, Apart) else None
         self._fixed: nn.Module | None = parts[0].to(self.device) if parts is not None else None
@@ -118,14 +126,13 @@ class Trainer:
         self._arrays = list(trainable.values())
         self._ends = np.cumsum(self.parameters.trained_sizes)[:-1]
         self._at_once = training.physical_batch or PIECE
-        method: Method = getattr(task, "gradients", "vmap")
+        method = self._method
         small = method == "vmap" or self._fixed is not None
         # Of a large head fewer rows: fresh memory for gradients costs more than the gradients.
         few = max(FEW, min(PHYSICAL_BATCH, HELD // max(1, self.parameters.trained)))
         rows = training.physical_batch or (few if small else FEW)
         self._clipped = gradients_for(self._model, task.loss, method=method, physical_batch=rows, names=list(trainable))
-        texts = getattr(task, "column_type", None) == "tokens"
-        self._load, self._private_rows = Load(self.device.type, pretrained=method != "vmap", texts=texts), rows
+        self._private_rows = rows
         self._evaluated = self._at_once
         if isinstance(self._model, Spanned):
             self._clipped = BySpan(self._clipped, self._model)

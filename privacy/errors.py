@@ -59,3 +59,15 @@ class LedgerCorrupt(LedgerError):
         self.site = site
         self.entry = entry
         self.why = why
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed")
+
+
+def wants_memory(error: BaseException) -> bool:
+    """Whether a program ran out of memory: torch's allocators, of the CPU and of accelerators, say so in more classes
+    than one, and some in the text of a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in _NO_MEMORY)

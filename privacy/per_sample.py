@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from privacy.dpsgd import LossPerExample, trained_parameters
-from privacy.errors import JobError
+from privacy.errors import JobError, wants_memory
 from privacy.gradients import clip_factors, pieces
 from privacy.mechanism import CLIP_MARGIN, STEPS_PER_CLIP, GaussianSum
 from privacy.row_layers import Pass, covered
@@ -165,7 +165,7 @@ class RowGradients:
                 self._compare(gradients, alone, 0.1 if run.half else 1e-3, clip_norm)
         except RuntimeError as error:
             guessed = [layer for layer in self._layers if layer.guessed]
-            if isinstance(error, torch.OutOfMemoryError) or not guessed:
+            if wants_memory(error) or not guessed:
                 raise
             raise JobError(guessed[0].refusal("does not simply add or multiply its parameters")) from error
         finally:

@@ -78,8 +78,11 @@ class Federation:
     secure: SecureSum | None = None
 
     @classmethod
-    def load(cls, job: Job) -> Federation:
-        """Raises `JobError` or `DataError` for whatever cannot work, before anything is written."""
+    def load(cls, job: Job, *, begun: bool = False) -> Federation:
+        """Raises `JobError` or `DataError` for whatever cannot work, before anything is written.
+
+        Of a run that has `begun` the folder holds the model of round 1, and what that was made from is not needed.
+        """
         strategy, task = strategy_for(job), task_for(job)
         data = load_sites(job)
         if job.least_answers > len(data):
@@ -87,7 +90,7 @@ class Federation:
         if (job.cohort.separation or 1) > len(data):
             raise JobError(f"cohort.separation is {job.cohort.separation}, the job has {len(data)} sites")
         try:
-            model = starting_model(job, task)
+            model = starting_model(job, task, calibrated=not begun)
         except (RuntimeError, MemoryError) as error:
             raise JobError(f"task: the model cannot be built ({' '.join(str(error).split())})") from error
         trainer = Trainer(task, model, job.training)

@@ -97,5 +97,5 @@ def _open_client(run: str, number: int) -> Handler:
 def _open_federation(run: str) -> tuple[RunFolder, Federation, dict[str, SitePlan]]:
     """Once per actor process: data, model and calibrated plans stay loaded."""
     folder = RunFolder.open(Path(run))
-    federation = Federation.load(folder.job)
+    federation = Federation.load(folder.job, begun=True)
     return folder, federation, federation.plans(folder.known_plans())

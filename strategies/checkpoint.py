@@ -112,8 +112,18 @@ def _check_index(folder: Path, key: str) -> None:
             raise JobError(f"{key}: {path} names weights that are no .safetensors file of that folder; save it anew")
 
 
+def resolved_file(folder: Path, name: str, *, key: str) -> Path:
+    """The path of a file that a job in `folder` names under `key`. Raises `JobError` for what is no path."""
+    try:
+        return (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError):
+        raise JobError(f"{key}: not the path of a file") from None
+
+
 def file_hash(path: Path, *, key: str) -> str:
     """SHA-256 of one file that a job names under `key`. Raises `JobError`."""
+    if path.is_dir():
+        raise JobError(f"{key}: {path} is a folder; name one file: a table, JSON lines or .npz")
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from privacy.errors import JobError
-from strategies.checkpoint import absolute, file_hash, hashes, locate, portable
+from strategies.checkpoint import absolute, file_hash, hashes, locate, portable, resolved_file
 from strategies.explain import explain, one_line
 from strategies.job_data import Data
 from strategies.job_privacy import Privacy, Robust, SecureAggregation
@@ -442,8 +442,8 @@ class Job(Section):
             for name, column in data.columns.items()
         }
         data = data.model_copy(update={"columns": columns})
-        return self.model_copy(
-            update={
+        return self._with(
+            {
                 "data": data,
                 "task": task,
                 "training": training,
@@ -461,7 +461,14 @@ class Job(Section):
     @property
     def evaluated(self) -> Job:
         """Of an evaluation: the job as far as it says what the evaluated model is, and how its rows are read."""
-        return self.model_copy(update={"evaluation": None, "privacy": Privacy(), "simulation": Simulation()})
+        return self._with({"evaluation": None, "privacy": Privacy(), "simulation": Simulation()})
+
+    def _with(self, update: Mapping[str, Any]) -> Job:
+        """A copy with other values, and without what was computed of the old ones."""
+        copy = self.model_copy(update=update)
+        for name in ("portable", "toml", "hash"):
+            copy.__dict__.pop(name, None)
+        return copy
 
     @property
     def secure_groups(self) -> int:
@@ -522,10 +529,14 @@ def _resolved(raw: dict[str, Any], overrides: Sequence[str], *, folder: Path, wh
         known = {"checkpoint_hash", "tokenizer_hash"} <= task.keys()
         raw["task"] = {**({} if known else hashes(locate(reference))), **task, "checkpoint": reference}
     tuning = task.get("tuning") if isinstance(task, dict) else None
-    if isinstance(tuning, dict) and isinstance(tuning.get("calibration"), str) and "calibration_hash" not in tuning:
-        public = (folder / tuning["calibration"]).resolve()
-        found = {"calibration": str(public), "calibration_hash": file_hash(public, key="task.tuning.calibration")}
-        raw["task"] = {**raw["task"], "tuning": {**tuning, **found}}
+    if isinstance(tuning, dict) and isinstance(tuning.get("calibration"), str):
+        key = "task.tuning.calibration"
+        public = resolved_file(folder, tuning["calibration"], key=key)
+        found = tuning.get("calibration_hash")
+        given = {override.partition("=")[0].strip() for override in overrides}
+        if found is None or (key in given and f"{key}_hash" not in given):
+            found = file_hash(public, key=key)
+        raw["task"] = {**raw["task"], "tuning": {**tuning, "calibration": str(public), "calibration_hash": found}}
     data = raw.get("data")
     if isinstance(data, dict) and isinstance(data.get("folder", "."), str) and "bundled" not in data:
         data["folder"] = str((folder / data.get("folder", ".")).resolve())
@@ -560,8 +571,10 @@ def parse_job(text: str, *, where: str) -> Job:
             raise JobError(f"{where}: task.checkpoint is a folder of another machine; name it as models:NAME")
         tuning = job.task.tuning
         public = tuning.calibration if tuning is not None else None
-        if public is not None and Path(public).name != public:
+        if public is not None and (public in (".", "..") or "/" in public or "\\" in public):
             raise JobError(f"{where}: task.tuning.calibration is a path of another machine; only its name travels")
+        if tuning is not None and public is not None and tuning.calibration_hash is None:
+            raise JobError(f"{where}: task.tuning.calibration without its hash; submit the job file, which fills it in")
         if job.task.checkpoint is not None and None in (job.task.checkpoint_hash, job.task.tokenizer_hash):
             raise JobError(f"{where}: task.checkpoint without its hashes; submit the job file, which fills them in")
         return job

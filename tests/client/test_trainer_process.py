@@ -478,6 +478,29 @@ class TestMalformedAnswer:
         process = fake(tmp_path, "if name == 'train': answer = {'error': ['record'], 'says': 'record'}")
         assert "the task failed with an error in the call 'train'" in str(failure(process))
 
+    @pytest.mark.parametrize("call", ["train", "evaluate"])
+    def test_says_nothing_in_words_once_it_has_met_records(self, call: str, tmp_path: Path) -> None:
+        process = fake(tmp_path, f"if name == {call!r}: answer = {{'error': 'JobError', 'says': 'Jane Doe'}}")
+        said = str(failure(process) if call == "train" else evaluation_failure(process))
+        assert "Jane" not in said
+        assert "the task failed with JobError" in said
+
+    @pytest.mark.parametrize("field", ["doing", "device", "rows", "batch"])
+    def test_says_of_its_memory_nothing_but_what_there_is_to_say(self, field: str, tmp_path: Path) -> None:
+        memory = {"doing": "training", "device": "cpu", "rows": 8, "batch": 64, "pretrained": True, "texts": False}
+        told = {**memory, field: "Jane Doe"}
+        process = fake(tmp_path, f"if name == 'train': answer = {{'error': 'OutOfMemory', 'memory': {told!r}}}")
+        said = str(failure(process))
+        assert "Jane" not in said
+        assert "the task failed with OutOfMemory" in said
+
+
+def evaluation_failure(process: TrainerProcess) -> TrainerFailed:
+    with pytest.raises(TrainerFailed) as raised:
+        process.evaluate(PLAIN_MODEL)
+    process.close()
+    return raised.value
+
 
 class TestStart:
     def test_refuses_required_isolation_that_does_not_hold(self, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from client.tables import read_frame
 from privacy.audit import audit_run
 from privacy.errors import DataError, JobError
 from simulations.progress import RoundTable
-from simulations.simulate import Watcher, start_run
+from simulations.simulate import Watcher, resume_run, start_run
 from strategies.figures import read_evaluation
 from strategies.job import Job, check_job, evaluation_job, load_job
 from strategies.parameters import Parameters, Vector
@@ -286,3 +286,33 @@ class TestEvaluationsOfWhatIsWritten:
             assert figures[name]["se"] > 0
             assert abs(figures[name]["value"] - summary["metrics"][name]) < 6 * figures[name]["se"]
         assert audit_run(where).ok
+
+
+class TestOfACalibratedRun:
+    @pytest.fixture(scope="class")
+    def finished(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        (folder / "public.csv").write_text("text\ngood film\nthe book is not very good\nit is a bad bad book\n")
+        public = f"task.tuning.calibration='{folder / 'public.csv'}'"
+        out = folder / "calibrated"
+        return out, run(job_of(folder / "rows.csv", "bert", "data.stratify=false", public, folder=folder), out)
+
+    def test_the_sites_train_with_the_directions_that_they_received(self, finished: tuple[Path, Any]) -> None:
+        out, _ = finished
+        before, after = weights(out, "initial"), weights(out)
+        moved = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert moved == {name for name in before if "lora_A" not in name}
+        assert {name for name in before if "lora_A" in name}
+
+    def test_an_evaluation_needs_no_calibration(self, finished: tuple[Path, Any], folder: Path) -> None:
+        out, summary = finished
+        run(evaluation_job(out), folder / "evaluated-calibrated")
+        said = read_evaluation(folder / "evaluated-calibrated")["figures"]["accuracy"]["value"]
+        assert said == pytest.approx(summary["metrics"]["accuracy"], abs=1e-4)
+
+    def test_it_is_resumed_without_the_file(self, finished: tuple[Path, Any], folder: Path) -> None:
+        out, summary = finished
+        (folder / "public.csv").unlink()
+        (out / "summary.json").unlink()
+        again = resume_run(out, watcher=Watcher())
+        assert again is not None
+        assert again["metrics"] == summary["metrics"]
