@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from simulations.simulate import Watcher
+    from simulations.sweep_view import Comparison
 
 INTERRUPTED = 130
 AsJson = Annotated[bool, typer.Option("--json", help="Progress to stderr; one JSON object as the last line of stdout.")]
@@ -60,25 +61,74 @@ def simulate(
         Path | None, typer.Option(help="An earlier run of the same sites: their ledgers and budgets go on.")
     ] = None,
     track: Track = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="Run the job with each value; with several, all combinations.", metavar="KEY=V,V"),
+    ] = None,
+    repeat: Annotated[int | None, typer.Option(help="Run each combination with so many seeds.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs of a sweep at a time; by default one a core.")] = None,
+    skip_invalid: Annotated[
+        bool, typer.Option("--skip-invalid", help="Leave out combinations that cannot run.")
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a federation of many clients on this machine, and compare it with training alone and pooled."""
+    from privacy.errors import JobError
     from simulations.scenarios import job_path
-    from simulations.simulate import start_run
-    from simulations.trackers import Tracking, choices
-    from strategies.job import load_job
 
     settings = list(overrides or [])
     settings += [f'simulation.engine="{engine}"'] if engine is not None else []
     settings += [f"seed={seed}"] if seed is not None else []
-    trackers = choices(track or [])
     path = job_path(job)
+    for name, count in (("--repeat", repeat), ("--jobs", jobs)):
+        if count is not None and count < 1:
+            raise JobError(f"{name} {count}: expected 1 or more")
+    if sweep or repeat is not None:
+        if after is not None or track:
+            raise JobError(
+                "--after and --track are for one run, not for --sweep or --repeat; `fedchorus track` writes a run of a "
+                "sweep into a tracker"
+            )
+        _sweep(path, settings, sweep or [], repeat or 1, jobs, out=out, skip_invalid=skip_invalid, as_json=as_json)
+        return
+    if jobs is not None or skip_invalid:
+        raise JobError("--jobs and --skip-invalid are for --sweep or --repeat")
+    from simulations.simulate import start_run
+    from simulations.trackers import Tracking, choices
+    from strategies.job import load_job
+
+    trackers = choices(track or [])
     resolved = load_job(path, settings)
     with _watching(as_json) as watch, Tracking(trackers, watch.note) as tracking:
         now, watcher = datetime.now(), tracking.beside(watch.watcher)
         summary = start_run(resolved, out=out, parent=Path("runs"), watcher=watcher, now=now, after=after)
         watch.conclude(summary, tracking.conclude(summary))
+
+
+def _sweep(
+    path: Path,
+    settings: Sequence[str],
+    sweeps: Sequence[str],
+    repeat: int,
+    jobs: int | None,
+    *,
+    out: Path | None,
+    skip_invalid: bool,
+    as_json: bool,
+) -> None:
+    from simulations.sweep import SweepWatcher, grid_of, run_sweep
+    from simulations.sweep_view import Comparison
+    from simulations.sweep_workers import Processes, cores
+
+    grid = grid_of(path, settings, sweeps, repeat=repeat)
+    with _watching(as_json) as watch, Processes(min(jobs or cores(), max(1, len(grid.runs)))) as workers:
+        watcher = SweepWatcher(begin=watch.sweep, tell=watch.note, status=watch.say, stop=watch.stops)
+        swept = run_sweep(
+            grid, out=out, parent=Path("runs"), workers=workers, skip_invalid=skip_invalid, now=datetime.now(),
+            watcher=watcher,
+        )  # fmt: skip
+        watch.compare(None if swept is None else Comparison.of(swept))
 
 
 def resume(
@@ -89,9 +139,12 @@ def resume(
     verbose: Verbose = False,
 ) -> None:
     """Continue a run, or a federation's job, from its last finished round; what was spent stays spent."""
+    from privacy.errors import JobError
     from server.commands import has_operator, resume_job
 
     if not Path(run).exists() and (operator is not None or has_operator()):
+        if track:
+            raise JobError("--track is for a run of this machine; `fedchorus track` writes a job's folder once fetched")
         resume_job(run, operator=operator, as_json=as_json)
         return
     from simulations.simulate import resume_run
@@ -325,6 +378,7 @@ class _Watch:
         self._console, self._as_json, self._live = console, as_json, live
         self._interrupts = 0
         self._path: Path | None = None
+        self._go_on = ""
         self._measures: str | None = None
         self._status: Any = None
         self._table: Any = None
@@ -333,10 +387,13 @@ class _Watch:
     def watcher(self) -> Watcher:
         from simulations.simulate import Watcher
 
-        return Watcher(begin=self._begin, status=self._say, round=self._show_round, stop=lambda: self._interrupts > 0)
+        return Watcher(begin=self._begin, status=self.say, round=self._show_round, stop=self.stops)
 
     def note(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def stops(self) -> bool:
+        return self._interrupts > 0
 
     def conclude(self, summary: Mapping[str, Any] | None, tracked: Sequence[str] = ()) -> None:
         """Print the end of a run, or how to go on with one that was stopped (exit code 130)."""
@@ -362,11 +419,29 @@ class _Watch:
             self.stopped()
         return Path(summary["run"])
 
+    def sweep(self, path: Path) -> None:
+        """From here on there is something to go on with."""
+        self._path, self._go_on = path, f"the same command with --out {path}"
+
+    def compare(self, compared: Comparison | None) -> None:
+        """Write and print what a sweep found; exit code 1 where a run of it failed."""
+        from simulations.sweep_view import print_sweep
+
+        self._live.close()
+        if compared is None:
+            self.stopped()
+        compared.write()
+        print_sweep(self._console, compared)
+        if self._as_json:
+            typer.echo(json.dumps(compared.record()))
+        if compared.swept.failed:
+            raise typer.Exit(1)
+
     def stopped(self) -> NoReturn:
         if self._path is None:
             self._console.print("stopped before the run began: nothing was written")
         else:
-            self._console.print(f"stopped; go on with: fedchorus resume {self._path}", soft_wrap=True)
+            self._console.print(f"stopped; go on with: {self._go_on}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED)
 
     def interrupted(self, signum: int, frame: object) -> None:
@@ -379,15 +454,15 @@ class _Watch:
         from simulations.progress import RoundTable
         from strategies.measured import measures
 
-        self._path, self._measures = path, measures(job)
-        self._say("")
+        self._path, self._measures, self._go_on = path, measures(job), f"fedchorus resume {path}"
+        self.say("")
         title = f"{job.name}: {job.training.rounds} rounds, {job.simulation.engine} engine, job {job.hash[:12]}"
         self._table = self._live.enter_context(RoundTable(self._console, rounds=job.training.rounds, title=title))
 
     def _show_round(self, line: Mapping[str, Any]) -> None:
         self._table.add(line)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if self._table is None and self._console.is_terminal:
             if self._status is None:
                 self._status = self._live.enter_context(self._console.status(""))

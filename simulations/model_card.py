@@ -202,11 +202,11 @@ the fewest honest sites that a sum may have suffice for this epsilon."""
         return f"""Client-level (epsilon, delta)-differential privacy by noise that each client added to its own update:
 epsilon {worst["epsilon"]:.4f} (PLD), {worst["epsilon_rdp"]:.4f} (RDP) at delta {client.delta:g} at most, under
 add/remove-one of a client. Clip norm {client.clip_norm:g}."""
-    sampled = (
-        f" Each client was asked with chance {rate:g} a round; the bound counts on nobody but the server learning who."
-        if rate is not None
-        else ""
-    )
+    sampled = "" if rate is None else f" Each client was asked with chance {rate:g} a round; "
+    if rate is not None and whole["sampling_rate"] < 1:
+        sampled += "the bound counts on nobody but the server learning who."
+    elif rate is not None:
+        sampled += "the bound charges each for every round, as the sites' own ledgers show who took part."
     trusted = "The server is trusted with the noise; it saw no update by itself."
     if summary["secure_aggregation"] is None:
         trusted = "The server is trusted: it saw each update."

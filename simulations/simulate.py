@@ -181,7 +181,7 @@ def resume_run(path: Path, *, watcher: Watcher) -> dict[str, Any] | None:
         raise RunError(f"{path}: this run is finished; start a new one with `fedchorus simulate`")
     job = folder.job
     watcher.status("reading data")
-    federation = Federation.load(job)
+    federation = Federation.load(job, begun=True)
     plans = federation.plans(folder.known_plans())
     return _Run(folder, job, federation, plans, federation.release_plan(folder.known_release()), watcher).finish()
 

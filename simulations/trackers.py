@@ -1,7 +1,8 @@
 """Experiment trackers that a run is written into, live or afterwards: TensorBoard, MLflow, Weights & Biases.
 
-They only write, and only what a run's report shows. A tracker that fails is said once and left alone: no run stops,
-waits for long or changes because of one, and `track_run` writes the same from the run's folder afterwards.
+They only write, and only what a run's report shows. A tracker that fails is said once and left alone: no run stops or
+changes because of one, and `track_run` writes the same from the run's folder afterwards. A live run waits for each call
+of a tracker, however slow its server is.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 import os
 import re
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
+
+import tomli_w
 
 from privacy.errors import RunError
 from privacy.record_folder import RecordFolder
@@ -34,6 +36,19 @@ STRUCTURE = (
     "virtual_seconds",
     "staleness",
 )  # Of a line; its other numbers are metrics.
+# Of a job's data what names no column, class or place; the rest is for those who hold the records.
+OF_DATA = frozenset(
+    f"data.{key}"
+    for key in (
+        "dataset", "bundled", "target_type", "target_length", "target_log", "scaling", "on_missing", "test_fraction",
+        "stratify", "split_seed", "forecast", "forecast.lags", "forecast.horizon", "forecast.harmonics",
+        "forecast.spread",
+    )
+)  # fmt: skip
+# Of a job what is keyed by its sites, or says what share of them is of a kind.
+BY_SITE = frozenset(
+    ("regions", "simulation.devices", "simulation.partition.mix", "task.tuning.ranks", "training.weak", "training.work")
+)
 TIMEOUT_S = 30
 LONGEST = 500  # Characters of a setting that are written: MLflow's older servers take no more.
 
@@ -94,12 +109,23 @@ def choices(asked: Sequence[str]) -> list[Choice]:
 def track_run(folder: Path, chosen: Sequence[Choice]) -> list[str]:
     """Write a run, finished or not, into trackers from its folder; the commands that show it.
 
-    Raises `RunError` for what is no run folder, and for a tracker that fails.
+    Raises `RunError` for what is no run folder, for a file in it that no run wrote so, and for a tracker that fails.
     """
     if not (folder / "job.toml").is_file():
         raise RunError(f"{folder}: no run folder (job.toml is missing)")
-    run, job = RecordFolder(folder), stored_job(folder / "job.toml")
-    summary = run.read("summary.json") if (folder / "summary.json").is_file() else None
+    run, summary = RecordFolder(folder), None
+    with _whole(folder, "job.toml"):
+        job = stored_job(folder / "job.toml")
+        public = Public.of(job)
+    with _whole(folder, "metrics.jsonl"):
+        for line in run.lines("metrics.jsonl"):
+            public.of_round(line)
+    if (folder / "summary.json").is_file():
+        with _whole(folder, "summary.json"):
+            summary = run.read("summary.json")
+            of_run(summary, public)
+        with _whole(folder, "MODEL_CARD.md"):
+            _card(folder, public)
     failed: list[str] = []
     with Tracking(chosen, failed.append) as tracking:
         tracking.begin(folder, job)
@@ -109,13 +135,26 @@ def track_run(folder: Path, chosen: Sequence[Choice]) -> list[str]:
     return shown
 
 
+@contextmanager
+def _whole(folder: Path, name: str) -> Iterator[None]:
+    """Whatever stands in a file where a run writes something else is one error that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise RunError(f"{folder}: {name} is damaged") from None
+
+
 class Tracking:
-    """The trackers of one run. `say` gets one line of each that fails."""
+    """The trackers of one run. `say` gets one line of each that fails.
+
+    Where the cohort is secret a tracker is opened when the run is over: how long a round took tells how many took part.
+    """
 
     def __init__(self, chosen: Sequence[Choice], say: Callable[[str], None]) -> None:
         self._chosen, self._say = chosen, say
         self._open: dict[str, Tracker] = {}
         self._folder, self._public = Path(), Public()
+        self._job: Job | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +162,7 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end({}, {}, finished=False)
+        self._end(None)
 
     def beside(self, watcher: Watcher) -> Watcher:
         """`watcher`, which tells the trackers too."""
@@ -140,36 +179,41 @@ class Tracking:
 
     def begin(self, folder: Path, job: Job) -> None:
         """Open the trackers, and write the rounds that the folder of a run that is resumed holds already."""
-        self._folder, self._public = folder, Public.of(job)
-        toml = (folder / "job.toml").read_text(encoding="utf-8")
-        settings = {"job_hash": job.hash, **dict(_settings(tomllib.loads(toml)))}
-        start = Start(folder, job.name, settings, {"job.toml": toml})
-        for kind, where in self._chosen:
-            with self._apart(kind):
-                self._open[kind] = KINDS[kind].open(start, where)
-        for line in RecordFolder(folder).lines("metrics.jsonl"):
-            self.round(line)
+        self._folder, self._public, self._job = folder, Public.of(job), job
+        if self._public.cohort:
+            self._open_all(job)
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Write what may be shown of one line of metrics.jsonl."""
-        figures = self._public.of_round(line)
         for kind, tracker in list(self._open.items()):
             with self._apart(kind):
-                tracker.log(line["round"], figures)
+                tracker.log(line["round"], self._public.of_round(line))
 
     def conclude(self, summary: Mapping[str, Any] | None) -> list[str]:
         """Write the end of a run, or close what was written of one that was stopped; the commands that show it."""
-        figures = {} if summary is None else of_run(summary)
-        card = self._folder / "MODEL_CARD.md"
-        texts = {card.name: card.read_text(encoding="utf-8")} if summary is not None and card.is_file() else {}
-        return self._end(figures, texts, finished=summary is not None)
+        if self._job is not None and not self._public.cohort:
+            self._open_all(self._job)
+        return self._end(summary)
 
-    def _end(self, figures: Figures, texts: Mapping[str, str], *, finished: bool) -> list[str]:
+    def _open_all(self, job: Job) -> None:
+        for kind, where in self._chosen:
+            with self._apart(kind):
+                tree = _kept(_portable(job), self._public)
+                settings = {"job_hash": job.hash, **dict(_settings(tree))}
+                start = Start(self._folder, job.name, settings, {"job.toml": tomli_w.dumps(tree)})
+                self._open[kind] = KINDS[kind].open(start, where)
+                for line in RecordFolder(self._folder).lines("metrics.jsonl"):
+                    self._open[kind].log(line["round"], self._public.of_round(line))
+
+    def _end(self, summary: Mapping[str, Any] | None) -> list[str]:
         shown: list[str] = []
         while self._open:
             kind, tracker = self._open.popitem()
             with self._apart(kind):
-                tracker.end(figures, texts, finished=finished)
+                if summary is None:
+                    tracker.end({}, {}, finished=False)
+                else:
+                    tracker.end(of_run(summary, self._public), _card(self._folder, self._public), finished=True)
                 shown.insert(0, tracker.shown_by)
         return shown
 
@@ -195,7 +239,7 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Public:
-    """What of a round may be written. Under client-level privacy no figure of a single site is; where the cohort is a
+    """What of a run may be written. Under client-level privacy no figure of a single site is; where the cohort is a
     secret sample, on which the guarantee counts, nothing from which who took part, or how many, could be read."""
 
     sites: bool = False
@@ -212,7 +256,7 @@ class Public:
         personal, sites, spent = (line.get(key) or {} for key in ("personal", "sites", "epsilon"))
         found |= {f"personal/{key}": value for key, value in personal.items()}
         if self.cohort:
-            found["privacy/epsilon_record"] = max(spent.values(), default=None)
+            found["privacy/epsilon_record"] = max(map(float, spent.values()), default=None)
             found |= {f"cost/{key}": line.get(key) for key in ("seconds", "virtual_seconds")}
             found |= {f"cost/secure_{key}": value for key, value in (line.get("secure") or {}).items()}
             found |= {f"cohort/{key}": len(line.get(key) or ()) for key in ("contributors", "failures")}
@@ -224,9 +268,11 @@ class Public:
         return _finite(found)
 
 
-def of_run(summary: Mapping[str, Any]) -> dict[str, float]:
+def of_run(summary: Mapping[str, Any], public: Public) -> dict[str, float]:
     """The figures of a whole run by its summary.json, also one that a federation's coordinator wrote."""
     spent = summary.get("epsilon") or {"client": summary.get("epsilon_client")}
+    if not public.cohort:  # What a site spent on records, and how long all rounds took, tells how many took part.
+        spent, summary = {"client": spent.get("client")}, {**summary, "seconds": None}
     found: dict[str, object] = {f"final/{key}": value for key, value in (summary.get("metrics") or {}).items()}
     found |= {f"final/epsilon_{unit}": value for unit, value in spent.items()}
     found |= {f"final/{key}": summary.get(key) for key in ("rounds", "seconds")}
@@ -240,12 +286,36 @@ def _finite(found: Mapping[str, object]) -> dict[str, float]:
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
-def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """A job's settings by their dotted keys; of the columns of its data the job file itself tells."""
+def _card(folder: Path, public: Public) -> dict[str, str]:
+    """The model card by its name, where there is one that may be written: it has a row for each site."""
+    card = folder / "MODEL_CARD.md"
+    shown = public.sites and public.cohort and card.is_file()
+    return {card.name: card.read_text(encoding="utf-8")} if shown else {}
+
+
+def _portable(job: Job) -> dict[str, Any]:
+    """The job's settings, which lead to no file of this machine."""
+    here, away = (one.model_dump(exclude_none=True, mode="json") for one in (job, job.portable))
+    # Not all of the portable job: it says nothing of what was simulated, and so of noise that was seeded.
+    return {**here, **{key: away[key] for key in ("task", "evaluation") if key in away}}
+
+
+def _kept(tree: Mapping[str, Any], public: Public, above: str = "") -> dict[str, Any]:
+    """What of a job's settings may be written."""
+    kept = {}
     for key, value in tree.items():
         name = f"{above}{key}"
-        if name == "data.columns":
+        hidden = above.startswith("data.") and name not in OF_DATA
+        if hidden or name == "evaluation.groups" or (not public.sites and name in BY_SITE):
             continue
+        kept[key] = _kept(value, public, f"{name}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def _settings(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """A job's settings by their dotted keys."""
+    for key, value in tree.items():
+        name = f"{above}{key}"
         if isinstance(value, Mapping):
             yield from _settings(value, f"{name}.")
         else:

@@ -174,7 +174,13 @@ def test_a_cohort_that_ledgers_show_is_charged_as_everyone(tmp_path: Path) -> No
     assert secret["client"]["sampling_rate"] == 0.3
     assert seen["client"]["noise_multiplier"] > secret["client"]["noise_multiplier"]
     # What goes out with the model does not say who took part.
-    assert {site["rounds"] for site in secret["sites"].values()} == {None}
+    for figure in ("rounds", "steps", "epsilon", "epsilon_rdp"):
+        assert {site[figure] for site in secret["sites"].values()} == {None}
+    counts_on = "the bound counts on nobody but the server learning who"
+    assert counts_on in (tmp_path / "secret" / "MODEL_CARD.md").read_text().replace("\n", " ")
+    card = (tmp_path / "seen" / "MODEL_CARD.md").read_text().replace("\n", " ")
+    assert counts_on not in card
+    assert "charges each for every round" in card
     report = (tmp_path / "secret" / "report.html").read_text()
     assert "Rounds taken part" in report
     assert audit_run(tmp_path / "seen").findings == []

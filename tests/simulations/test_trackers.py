@@ -9,13 +9,14 @@ import math
 import shutil
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedchorus import main
@@ -26,7 +27,7 @@ from simulations.report import MANY_SITES
 from simulations.scenarios import scenario_path
 from simulations.simulate import Watcher, start_run
 from simulations.trackers import Choice, Kind, Public, Start, Tracking, choices, of_run, track_run
-from strategies.job import load_job
+from strategies.job import check_job, load_job
 
 QUICK = [
     "training.rounds=3",
@@ -187,16 +188,120 @@ def test_a_secret_cohort_and_client_level_privacy_are_read_from_the_job() -> Non
     assert Public.of(load_job(path, sampled)) == Public(sites=False, cohort=False)
 
 
-def test_nothing_of_a_site_is_written_of_a_run_under_client_level_privacy(tmp_path: Path, plant: Plant) -> None:
+SECRET = [*CLIENT_LEVEL, "cohort.rate=0.5"]
+BOTH_UNITS = [setting for setting in SECRET if setting != "privacy.record=none"]
+
+
+@pytest.mark.parametrize("settings", [CLIENT_LEVEL, SECRET, BOTH_UNITS])
+def test_nothing_of_a_site_is_written_of_a_run_under_client_level_privacy(
+    settings: list[str], tmp_path: Path, plant: Plant
+) -> None:
     made = plant()
+    secret = "cohort.rate=0.5" in settings
     with Tracking([Choice("tensorboard", None)], pytest.fail) as tracking:
-        summary = simulated(tmp_path / "run", *CLIENT_LEVEL, "cohort.rate=0.5", watcher=tracking.beside(Watcher()))
+        summary = simulated(tmp_path / "run", *settings, watcher=tracking.beside(Watcher()))
+        assert len(made) == (0 if secret else 1)  # The time between two rounds tells how many took part.
         tracking.conclude(summary)
-    written = json.dumps([made[0].logged, made[0].ended[0][0]])
+    start, ended = made[0].start, made[0].ended[0]
+    written = json.dumps([made[0].logged, ended, start.settings, start.texts])
     assert not [name for name in summary["sites"] if name in written]
+    assert ended[1] == {}
     assert [step for step, _ in made[0].logged] == [1, 2]
-    assert not any("cohort/" in name or "cost/" in name for _, figures in made[0].logged for name in figures)
-    assert made[0].ended[0][0]["final/epsilon_client"] == summary["epsilon"]["client"]
+    told = {name for _, figures in made[0].logged for name in figures} | set(ended[0])
+    withheld = {name for name in told if name.startswith(("cohort/", "cost/"))} | {"final/seconds"} & told
+    assert bool(withheld) != secret
+    assert not (secret and any("epsilon_record" in name for name in told))
+    assert ended[0]["final/epsilon_client"] == summary["epsilon"]["client"]
+    assert start.settings["job_hash"] == summary["job_hash"]
+
+
+def test_a_run_with_a_secret_cohort_that_was_stopped_is_written_when_it_was(tmp_path: Path, plant: Plant) -> None:
+    made, seen = plant(), list[int]()
+    job = load_job(scenario_path("hospitals"), [*SECRET, "training.rounds=4"])
+    with Tracking([Choice("tensorboard", None)], pytest.fail) as tracking:
+        watcher = tracking.beside(Watcher(round=lambda line: seen.append(line["round"]), stop=lambda: len(seen) == 2))
+        assert start_run(job, out=tmp_path / "run", parent=tmp_path, watcher=watcher, now=NOW) is None
+        assert made == []
+        tracking.conclude(None)
+    assert [step for step, _ in made[0].logged] == [1, 2]
+    assert made[0].ended == [({}, {}, False)]
+
+
+@given(
+    summary=st.fixed_dictionaries(
+        {}, optional={"epsilon": st.none() | st.just({"record": 2.5, "client": 0.5}), "seconds": st.just(9.0)}
+    ),
+    cohort=st.booleans(),
+)
+def test_the_end_of_a_run_tells_of_a_secret_cohort_neither_time_nor_record_level_epsilon(
+    summary: dict[str, Any], cohort: bool
+) -> None:
+    figures = of_run({**summary, "epsilon_client": 0.5, "rounds": 3}, Public(sites=cohort, cohort=cohort))
+    assert figures["final/epsilon_client"] == 0.5
+    assert ("final/seconds" in figures) == (cohort and "seconds" in summary)
+    assert ("final/epsilon_record" in figures) == (cohort and summary.get("epsilon") is not None)
+
+
+PLACES = {
+    "data.folder": "/home/someone/records",
+    "data.bundled": None,
+    "simulation.partition": None,
+    "data.files": {"north-clinic": "north.csv", "south-clinic": "south.csv"},
+    "data.target": "diagnosis",
+    "data.positive": ["rare-illness"],
+    "data.held_out": {"column": "enrolled-in", "values": [2020]},
+    "training.work": {"north-clinic": 3},
+    "task.model": "pretrained",
+    "task.checkpoint": "/home/someone/models/small",
+    "task.checkpoint_hash": "0" * 64,
+    "task.tokenizer_hash": "0" * 64,
+    "task.tuning": {"ranks": {"north-clinic": 2}, "calibration": "/home/someone/public.csv"},
+    "regions": {"north": ["north-clinic"], "south": ["south-clinic"]},
+}
+
+
+@pytest.mark.parametrize("client_level", [False, True])
+def test_settings_lead_to_no_file_and_name_no_column_and_a_site_only_where_sites_may_be_named(
+    tmp_path: Path, plant: Plant, client_level: bool
+) -> None:
+    made = plant()
+    raw = tomllib.loads(load_job(scenario_path("hospitals"), CLIENT_LEVEL if client_level else QUICK).toml.decode())
+    column = next(iter(raw["data"]["columns"]))
+    for key, value in PLACES.items():
+        *above, last = key.split(".")
+        table = raw
+        for part in above:
+            table = table[part]
+        table.pop(last, None)
+        table |= {} if value is None else {last: value}
+    if client_level:  # Ranks cannot go with it.
+        del raw["task"]["tuning"]["ranks"]
+    job = check_job(raw, where="a job")
+    (tmp_path / "job.toml").write_bytes(job.toml)  # The job's own text is known before its portable one is.
+    track_run(tmp_path, [Choice("tensorboard", None)])
+    start = made[0].start
+    for told in (json.dumps(dict(start.settings)), start.texts["job.toml"]):
+        assert not [word for word in ("/home", "north.csv", "diagnosis", "rare-", "enrolled", column) if word in told]
+        assert ("north-clinic" in told) != client_level
+    assert start.settings["job_hash"] == job.hash
+    assert start.settings["task.checkpoint"] == "models:small"
+    assert start.settings["task.tuning.calibration"] == "public.csv"
+    assert start.settings["simulation.noise"] == "seeded"  # Which a job that travels does not say.
+    read = tomllib.loads(start.texts["job.toml"])
+    assert {"job_hash": job.hash, **dict(trackers._settings(read))} == start.settings
+
+
+def test_groups_of_an_evaluation_are_columns_and_what_is_keyed_by_sites_goes_with_figures_of_sites() -> None:
+    groups = {"evaluation": {"bins": 20, "groups": {"sex": {"values": ["f"]}}}}
+    keyed = {
+        "simulation": {"partition": {"mix": {"a": {"rows": 9}}}, "devices": {"old": {"share": 0.5}}},
+        "task": {"tuning": {"ranks": {"a": 2}}},
+        "training": {"weak": {"a": 0.5}, "work": {"a": 1}},
+        "regions": {"north": ["a"]},
+    }
+    assert trackers._kept({**groups, **keyed}, Public(sites=True)) == {"evaluation": {"bins": 20}, **keyed}
+    rest = {"evaluation": {"bins": 20}, "simulation": {"partition": {}}, "task": {"tuning": {}}, "training": {}}
+    assert trackers._kept({**groups, **keyed}, Public(sites=False)) == rest
 
 
 def test_a_run_that_goes_on_and_one_that_is_over_are_written_alike(tmp_path: Path, plant: Plant) -> None:
@@ -267,10 +372,9 @@ def test_a_job_that_was_fetched_is_written_from_its_summary(finished: Path, tmp_
 
 
 def test_what_a_run_is_compared_with_is_written() -> None:
-    assert of_run({"metrics": {"auc": 0.5}, "baselines": {"pooled": {"auc": 0.75, "sites": {"a": {"auc": 1.0}}}}}) == {
-        "final/auc": 0.5,
-        "baselines/pooled/auc": 0.75,
-    }
+    summary = {"metrics": {"auc": 0.5}, "baselines": {"pooled": {"auc": 0.75, "sites": {"a": {"auc": 1.0}}}}}
+    told = {"final/auc": 0.5, "baselines/pooled/auc": 0.75}
+    assert of_run(summary, Public(sites=True, cohort=True)) == told
 
 
 def test_tensorboard_reads_each_round_once_however_often_a_run_is_written(run: Path, tmp_path: Path) -> None:
@@ -445,6 +549,85 @@ def test_a_folder_that_holds_no_run_is_not_written(tmp_path: Path, plant: Plant)
     with pytest.raises(RunError, match="no run folder"):
         track_run(tmp_path, [Choice("tensorboard", None)])
     assert made == []
+
+
+HUGE = 10**400
+DAMAGED: dict[str, tuple[str, dict[str, Any] | str | bytes]] = {
+    "figures that are a list": ("summary.json", {"metrics": [1]}),
+    "an epsilon without its units": ("summary.json", {"epsilon": 5}),
+    "an epsilon as text": ("summary.json", {"epsilon": "1.5"}),
+    "a comparison without figures": ("summary.json", {"baselines": {"a": 1}}),
+    "a number that no float holds": ("summary.json", {"seconds": HUGE}),
+    "a nest": ("summary.json", '{"a":' * 200_000 + "1" + "}" * 200_000),
+    "half a file": ("summary.json", "{"),
+    "a site that is a number": ("metrics.jsonl", {"round": 1, "sites": {"a": 5}}),
+    "a site's epsilon as text": ("metrics.jsonl", {"round": 1, "epsilon": {"a": "much"}}),
+    "a sum of epsilons": ("metrics.jsonl", {"round": 1, "epsilon": 5}),
+    "a count of who took part": ("metrics.jsonl", {"round": 1, "contributors": 3}),
+    "seconds that no float holds": ("metrics.jsonl", {"round": 1, "seconds": HUGE}),
+    "a nest of rounds": ("metrics.jsonl", "[" * 200_000 + "]" * 200_000 + "\n"),
+    "a card in no known letters": ("MODEL_CARD.md", b"\xff\xfe\x00"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_folder_is_named_in_one_line_before_anything_is_written(run: Path, plant: Plant, kind: str) -> None:
+    made = plant()
+    name, content = DAMAGED[kind]
+    if isinstance(content, dict):
+        content = json.dumps(content) + "\n"
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RunError) as told:
+        track_run(run, [Choice("tensorboard", None)])
+    assert str(told.value) == f"{run}: {name} is damaged"
+    assert made == []
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=6,
+)
+KEYS = ("metrics", "epsilon", "baselines", "sites", "personal", "secure", "contributors", "failures", "seconds", "loss")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(part=st.dictionaries(st.sampled_from(KEYS), JSON), name=st.sampled_from(["summary.json", "metrics.jsonl"]))
+def test_whatever_a_file_holds_is_written_or_refused_in_one_line(
+    finished: Path, tmp_path: Path, plant: Plant, part: dict[str, Any], name: str
+) -> None:
+    plant()
+    shutil.copy(finished / "job.toml", tmp_path / "job.toml")
+    for each in ("summary.json", "metrics.jsonl"):
+        (tmp_path / each).write_text(json.dumps({"round": 1, **(part if each == name else {})}) + "\n")
+    said = ""
+    try:
+        track_run(tmp_path, [Choice("tensorboard", None)])
+    except RunError as error:
+        said = str(error)
+    assert said in ("", f"{tmp_path}: {name} is damaged")
+
+
+def test_a_card_that_cannot_be_read_does_not_end_a_run(run: Path, plant: Plant) -> None:
+    plant()
+    said: list[str] = []
+    with Tracking([Choice("tensorboard", None)], said.append) as tracking:
+        tracking.begin(run, load_job(run / "job.toml"))
+        (run / "MODEL_CARD.md").write_bytes(b"\xff\xfe\x00")
+        assert tracking.conclude(RecordFolder(run).read("summary.json")) == []
+    assert len(said) == 1
+    assert "UnicodeDecodeError" in said[0]
+
+
+def test_a_federations_job_is_not_tracked_while_it_is_resumed(
+    tmp_path: Path, plant: Plant, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plant()
+    resume = ["resume", "a-job", "--operator", "operator.json", "--track", "tensorboard"]
+    assert command(monkeypatch, tmp_path, *resume) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: --track is for a run of this machine")
+    assert told.count("\n") == 1
 
 
 def test_an_unfinished_run_is_written_as_far_as_it_is(run: Path, plant: Plant) -> None:
