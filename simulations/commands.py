@@ -441,7 +441,7 @@ class _Watch:
         if self._path is None:
             self._console.print("stopped before the run began: nothing was written")
         else:
-            self._console.print(f"stopped; go on with: {self._go_on}", soft_wrap=True)
+            self._console.print(f"stopped; go on with: {self._go_on}", soft_wrap=True, markup=False)
         raise typer.Exit(INTERRUPTED)
 
     def interrupted(self, signum: int, frame: object) -> None:

@@ -342,7 +342,7 @@ def parsed_value(text: str) -> Any:
     """A swept value as a job takes it."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # Not all that tomllib raises is its own: a number of 5,000 digits.
         return text
 
 
@@ -354,6 +354,7 @@ def _named(runs: Iterable[SweepRun], labels: Mapping[str, str], repeat: int) -> 
         parts = [f"{labels[key]}-{shown_value(value)}" for key, value in run.settings.items()]
         parts += [f"seed-{run.job.seed}"] if repeat > 1 or not parts else []
         stem = "_".join(re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-.") for part in parts)[:LONGEST_NAME]
+        stem = stem.lstrip("-._") or "run"
         name = next(n for i in itertools.count(1) if (n := f"{stem}-{i}" if i > 1 else stem).lower() not in taken)
         taken.add(name.lower())
         named.append(SweepRun(name, run.settings, run.job))

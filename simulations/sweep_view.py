@@ -56,8 +56,8 @@ class Comparison:
 
     @classmethod
     def of(cls, swept: Swept) -> Comparison:
-        scored = (summary["metrics"] for summary in swept.summaries.values() if summary.get("metrics"))
-        metric = headline(next(scored, {}))
+        scored = [summary.get("metrics") or {} for summary in swept.summaries.values()]
+        metric = headline({name: value for one in scored for name, value in one.items() if value is not None})
         left_out = [one.settings for one in swept.left_out]
         combinations = [runs for runs in swept.grid.combinations() if runs[0].settings not in left_out]
         return cls(swept, metric, [_row(swept, runs, metric) for runs in combinations])

@@ -191,13 +191,15 @@ def main() -> None:
 
 
 def _listen(requests: queue.SimpleQueue[dict[str, str]], stopping: threading.Event) -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        if request["what"] == "stop":
-            stopping.set()
-        else:
-            requests.put(request)
-    os.killpg(os.getpgrp(), signal.SIGKILL)
+    try:
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request["what"] == "stop":
+                stopping.set()
+            else:
+                requests.put(request)
+    finally:  # Also of a request that was cut short: whoever made it is gone.
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def answer_to(request: Mapping[str, str], *, stop: Callable[[], bool]) -> Answer:
@@ -234,7 +236,9 @@ def _run(job: Job, path: Path, stop: Callable[[], bool]) -> Answer:
         if any((path / name).exists() for name in RELEASED):
             return Answer("stopped" if resume_run(path, watcher=watcher) is None else "done")
         with RunFolder.open(path).locked():
-            shutil.rmtree(path)  # It ended while it was prepared, before anything was released.
+            # It ended while it was prepared, before anything was released. By another name at once: what is left of
+            # a folder whose removal is cut short is no run.
+            shutil.rmtree(path.rename(path.with_name(f".removed-{path.name}-{os.getpid()}")))
     summary = start_run(job, out=path, parent=path.parent, watcher=watcher, now=datetime.now())
     return Answer("stopped" if summary is None else "done")
 

@@ -336,7 +336,9 @@ class TensorBoard:
         from torch.utils.tensorboard import summary
 
         self._made: Any = summary
-        folder = Path(where) / start.name if where else start.folder / "tensorboard"
+        # Of one place for many runs by the job too: names of runs come again, those of a sweep for one.
+        own = f"{start.name}-{start.settings['job_hash'][:8]}"
+        folder = Path(where) / own if where else start.folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         self.shown_by = f"tensorboard --logdir {where or folder}"
         self._file, self._settings, self._step = folder / f"events.out.tfevents.{time.time_ns()}", start.settings, 0

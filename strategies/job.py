@@ -599,7 +599,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     parts, text = _key_parts(override[:end]), override[end + 1 :]
     try:
         value: Any = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # Not all that tomllib raises is its own: a number of 5,000 digits.
         value = text.strip()
     table = raw
     for part in parts[:-1]:

@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -441,7 +442,9 @@ class TestWhatCouldBeChanged:
         for knob, variants in table.items():
             assert [variant.value for variant in variants] == sorted({variant.value for variant in variants})
             costs = [variant.epsilon for variant in variants]
-            assert costs == sorted(costs, reverse=knob == "noise_multiplier")
+            dear = costs[::-1] if knob == "noise_multiplier" else costs
+            # Two cohorts of one cost may differ in its last digits.
+            assert all(a <= b * (1 + 1e-12) for a, b in pairwise(dear))
             (planned,) = [variant for variant in variants if variant.planned]
             assert planned.epsilon == plan.settings[0].cost.pld
             assert planned.noise_l2 == pytest.approx(plan.noise_l2(plan.settings[0]))

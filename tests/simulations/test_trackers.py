@@ -27,7 +27,7 @@ from simulations.report import MANY_SITES
 from simulations.scenarios import scenario_path
 from simulations.simulate import Watcher, start_run
 from simulations.trackers import Choice, Kind, Public, Start, Tracking, choices, of_run, track_run
-from strategies.job import check_job, load_job
+from strategies.job import check_job, load_job, stored_job
 
 QUICK = [
     "training.rounds=3",
@@ -395,7 +395,7 @@ def test_tensorboard_reads_each_round_once_however_often_a_run_is_written(run: P
     written = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert b"training.learning_rate" in written
     track_run(run, choices([f"tensorboard:{tmp_path / 'all'}"]))
-    assert (tmp_path / "all" / "run").is_dir()
+    assert [path.name for path in (tmp_path / "all").iterdir()] == [f"run-{stored_job(run / 'job.toml').hash[:8]}"]
 
 
 def test_mlflow_reads_settings_rounds_and_texts(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
