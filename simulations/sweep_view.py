@@ -35,6 +35,7 @@ class Row:
 
     settings: Mapping[str, str]
     finished: int
+    scored: int  # Of those finished, how many have the metric that is compared.
     asked: int
     mean: float | None
     deviation: float | None  # The standard deviation over seeds; None of one run.
@@ -93,6 +94,8 @@ class Comparison:
             f"{self.metric.title} on all sites' test rows, mean ± standard deviation over seeds; worst site: the mean "
             "of each run's worst; KB up: what a site sends in a round"
         ]
+        if without := sum(row.finished - row.scored for row in self.rows):
+            notes.append(f"Runs in which {self.metric.title} is not defined, so that no mean has them: {without}.")
         if self.private and number > 1:
             notes.append(
                 f"Epsilon is that of each run by itself. Only a simulation may try {number} runs at the price of one: "
@@ -235,6 +238,7 @@ def _row(swept: Swept, runs: Sequence[SweepRun], metric: Headline) -> Row:
     return Row(
         settings=runs[0].settings,
         finished=len(done),
+        scored=len(reached),
         asked=len(runs),
         mean=statistics.fmean(reached) if reached else None,
         deviation=statistics.stdev(reached) if len(reached) > 1 else None,

@@ -594,7 +594,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     # The first equal sign behind a whole key: a quoted part may hold others.
     ends = (position for position, letter in enumerate(override) if letter == "=" and _key_parts(override[:position]))
     end = next(ends, None)
-    if end is None or len(override.splitlines()) > 1:
+    if end is None or len(override.splitlines()) > 1 or not _is_text(override):
         raise JobError(one_line(f"--set {override}: expected key=value, for example training.rounds=5"))
     parts, text = _key_parts(override[:end]), override[end + 1 :]
     try:
@@ -612,6 +612,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         table.pop(parts[-1], None)
     else:
         table[parts[-1]] = value
+
+
+def _is_text(text: str) -> bool:
+    """Whether a file in UTF-8 can hold it: a shell passes on any bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _key_parts(key: str) -> list[str]:

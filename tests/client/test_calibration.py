@@ -156,7 +156,10 @@ class TestAcrossMachines:
     def test_a_site_needs_no_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FEDCHORUS_MODELS", str(folder))
         there = parse_job(job("bert", folder).portable.toml.decode(), where="the message")
-        initial_model(task_for(there), features=8, classes=2, seed=there.seed)
+        arrays = dict(initial_model(task_for(there), features=8, classes=2, seed=there.seed).named_parameters())
+        for name in (name for name in arrays if "lora_A" in name):
+            rows = arrays[name].detach()
+            torch.testing.assert_close(rows @ rows.T, torch.eye(2), msg="a random start, until the model arrives")
 
     @pytest.mark.parametrize("path", ["/etc/public.csv", "..", "C:\\\\public.csv"])
     def test_a_path_does_not_come_over_the_network(self, path: str, folder: Path) -> None:

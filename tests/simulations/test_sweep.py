@@ -170,6 +170,14 @@ def test_folder_names_are_safe_and_differ(purposes: list[str]) -> None:
         assert len(name) <= LONGEST_NAME + 3
 
 
+def test_a_setting_without_a_safe_letter_still_has_a_folder() -> None:
+    from simulations.sweep import SweepRun, _named
+
+    job = grid_of(HOSPITALS, [], [], repeat=1).runs[0].job
+    runs = [SweepRun("", {"北": value}, job) for value in ("東", "西")]
+    assert [run.name for run in _named(runs, {"北": "北"}, 1)] == ["run", "run-2"]
+
+
 # --- what cannot run ------------------------------------------------------------------------------------------------
 
 BAD_INPUT: list[tuple[Sequence[str], Sequence[str]]] = [
@@ -189,12 +197,15 @@ BAD_INPUT: list[tuple[Sequence[str], Sequence[str]]] = [
     (["--repeat", "2", "--jobs", "-1"], ["--jobs -1", "1 or more"]),
     (["--jobs", "2"], ["--jobs", "--sweep or --repeat"]),
     (["--skip-invalid"], ["--skip-invalid", "--sweep or --repeat"]),
+    (["--sweep", "training.rounds=1," + "9" * 5000], ["training.rounds"]),
+    (["--sweep", "strategy.name=" + "[" * 3000 + "]" * 3000], ["strategy.name"]),
+    (["--sweep", "purpose=\udcff,b"], ["purpose"]),
     (["absent.toml", "--repeat", "2"], ["absent.toml", "no such job file"]),
     (["hospitls", "--repeat", "2"], ["hospitls", "hospitals"]),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT, ids=[" ".join(a) for a, _ in BAD_INPUT])
+@pytest.mark.parametrize(("arguments", "words"), BAD_INPUT, ids=[ascii(" ".join(a))[:60] for a, _ in BAD_INPUT])
 def test_a_mistake_gets_one_line_that_names_it_and_leaves_nothing_behind(
     arguments: Sequence[str], words: Sequence[str], tmp_path: Path
 ) -> None:
@@ -464,6 +475,16 @@ def test_the_price_of_many_tries_is_said_where_any_run_is_private() -> None:
     assert "add up" not in render_sweep(Comparison.of(public))
 
 
+def test_a_run_that_defines_no_figure_is_in_no_mean_and_is_told_of() -> None:
+    swept = made(grid_of(HOSPITALS, [], [], repeat=3), [0.5, 0.75, 0.5])
+    next(iter(swept.summaries.values()))["metrics"]["accuracy"] = None
+    compared = Comparison.of(swept)
+    assert compared.metric.name == "accuracy"
+    assert compared.rows[0].mean == 0.625
+    assert "Runs in which Accuracy is not defined, so that no mean has them: 1." in compared.notes
+    assert not [note for note in Comparison.of(made(epsilons("1"), [0.5] * 4)).notes if "no mean has them" in note]
+
+
 def test_of_an_error_the_worst_site_is_the_largest() -> None:
     grid = grid_of(HOSPITALS, [], [], repeat=2)
     sites = {"a": {"rmse": 2.0}, "b": {"rmse": 3.0}, "c": {"rmse": None}}
@@ -678,6 +699,16 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_child_kills_itself_when_its_parent_is_gone() -> None:
     with subprocess.Popen(CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as child:
         assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(timeout=60) == -signal.SIGKILL
+
+
+def test_a_child_kills_itself_when_its_parent_went_in_the_middle_of_a_request() -> None:
+    with subprocess.Popen(
+        CHILD, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as child:
+        assert child.stdin is not None
+        child.stdin.write(b'{"what": "ru')
         child.stdin.close()
         assert child.wait(timeout=60) == -signal.SIGKILL
 
